@@ -1,0 +1,1 @@
+"""The models that jfp4 trains."""

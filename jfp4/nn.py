@@ -1,0 +1,172 @@
+"""FP4 layers for flax.nnx models, and the conversion of an existing model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jfp4.ops.calibration import Calibration, calibrate
+from jfp4.ops.health import health
+from jfp4.ops.linear import linear
+from jfp4.recipe import Recipe, get_recipe
+
+M = TypeVar("M", bound=nnx.Module)
+
+MOMENTUM = 0.9
+"""Weight of the old value in the running calibration: it follows the last ten calls or so."""
+
+
+class CalibrationStat(nnx.Variable):
+    """Running clamp thresholds and means, kept with the model for evaluation."""
+
+
+class Linear(nnx.Linear):
+    """``nnx.Linear`` whose products are quantised by a recipe.
+
+    In training every call calibrates from its own input and updates a running calibration; after
+    ``model.eval()`` the running one is used, so that a token's result does not depend on the
+    tokens it comes with. A layer that has never been trained clamps and shifts nothing then.
+
+    Takes the arguments of ``nnx.Linear``; ``dtype`` is the compute dtype, and the kernel is
+    quantised from its own dtype without a cast in between.
+
+    Attributes:
+        recipe: how it is quantised.
+        use_running_average: whether the running calibration is used; ``train()`` and ``eval()``
+            of the model set it.
+        monitor: whether a call leaves its quantisation health as ``nnx.Intermediate``.
+
+    Raises:
+        ValueError: an unknown recipe, or ``precision``, ``dot_general`` or
+            ``preferred_element_type``, which a quantised product would have to ignore.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        recipe: str | Recipe = "fp4",
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
+        self.set_recipe(recipe)
+
+    def set_recipe(self, recipe: str | Recipe) -> None:
+        """Makes the layer compute by ``recipe`` from now on; forgets the running calibration."""
+        recipe = get_recipe(recipe)
+        if recipe.quantizes:
+            _refuse_ignored(self)
+        self.recipe = recipe
+        self.use_running_average = False
+        self.monitor = False
+        # A layer stacked under scan has leading axes, and so have its statistics.
+        stack = self.kernel.shape[:-2]
+        occ, mean = recipe.occ_alpha is not None, recipe.x_shift == "mean"
+        lo, hi = jnp.full(stack, -jnp.inf), jnp.full(stack, jnp.inf)
+        zeros = jnp.zeros((*stack, 1, self.in_features))
+        self.lo = CalibrationStat(lo) if occ else None
+        self.hi = CalibrationStat(hi) if occ else None
+        self.mean = CalibrationStat(zeros) if mean else None
+
+    def __call__(self, inputs: Float[Array, "*b k"], out_sharding: Any = None) -> Array:
+        """Applies the layer along the last axis: [..., in_features] to [..., out_features]."""
+        if not self.recipe.quantizes:
+            return super().__call__(inputs, out_sharding)
+        if out_sharding is not None:
+            raise ValueError(f"out_sharding={out_sharding}; expected None for a quantised layer")
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        x = inputs.astype(self.dtype or jnp.promote_types(inputs.dtype, kernel.dtype))
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.use_running_average:
+            calibration = self._running()
+        else:
+            calibration = calibrate(tokens, self.recipe)
+            self._observe(calibration)
+        if self.monitor:
+            self.sow(
+                nnx.Intermediate, "health", health(tokens, kernel, self.recipe, calibration)
+            )
+        return linear(x, kernel, self.recipe, bias=bias, calibration=calibration)
+
+    def _running(self) -> Calibration:
+        lo, hi, mean = (
+            None if stat is None else stat[...] for stat in (self.lo, self.hi, self.mean)
+        )
+        return Calibration(lo, hi, mean)
+
+    def _observe(self, seen: Calibration) -> None:
+        for stat, new in ((self.lo, seen.lo), (self.hi, seen.hi), (self.mean, seen.mean)):
+            if stat is not None and new is not None:
+                old = stat[...]
+                # An infinite threshold has seen nothing yet: the first call replaces it.
+                stat[...] = jnp.where(jnp.isinf(old), new, MOMENTUM * old + (1 - MOMENTUM) * new)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A module's path as recipes and ``where`` see it: attribute names and indices with dots."""
+    return ".".join(str(part) for part in path)
+
+
+def convert(
+    model: M,
+    recipe: str | Recipe = "fp4",
+    where: Callable[[str, nnx.Linear], bool] | None = None,
+) -> M:
+    """Makes the linear layers of an existing NNX model compute by a recipe, in place.
+
+    Every ``nnx.Linear`` (and every layer converted before) becomes a ``jfp4.nn.Linear``: the same
+    object with the same parameters, so that references, sharing and optimizers stay valid.
+    Subclasses of ``nnx.Linear`` other than jfp4's own are left alone.
+
+    Args:
+        model: any NNX module, a single layer included.
+        recipe: a ``Recipe`` or a preset's name.
+        where: ``where(path, layer)`` says whether to convert a layer, in place of the recipe's
+            ``skip`` patterns; ``path`` is dotted, such as "layers.0.mlp.up_proj".
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no layer was chosen, or one asks for what a quantised product would ignore.
+    """
+    recipe = get_recipe(recipe)
+    layers = [
+        (path_name(path), module)
+        for path, module in nnx.iter_modules(model)
+        if type(module) in (nnx.Linear, Linear)
+    ]
+    chosen = [
+        layer
+        for path, layer in layers
+        if (where(path, layer) if where else not recipe.quantizes or recipe.applies_to(path))
+    ]
+    if not chosen:
+        found = ", ".join(path for path, _ in layers) or "none"
+        raise ValueError(f"no layer of the model was chosen; its nnx.Linear layers: {found}")
+    for layer in chosen:
+        if recipe.quantizes:
+            _refuse_ignored(layer)
+    for layer in chosen:
+        layer.__class__ = Linear
+        layer.set_recipe(recipe)
+    return model
+
+
+def _refuse_ignored(layer: nnx.Linear) -> None:
+    ignored = {
+        "precision": layer.precision is not None,
+        "preferred_element_type": layer.preferred_element_type is not None,
+        "dot_general": layer.dot_general is not _DOT_GENERAL,
+    }
+    if any(ignored.values()):
+        names = ", ".join(name for name, given in ignored.items() if given)
+        raise ValueError(f"{names} was given; expected the default, as a recipe decides the product")
+
+
+_DOT_GENERAL = nnx.Linear(1, 1, rngs=nnx.Rngs(0)).dot_general

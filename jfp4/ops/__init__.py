@@ -1,0 +1,1 @@
+"""The operations of FP4 training, one idea a file; ``linear`` ties them together."""

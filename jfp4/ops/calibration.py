@@ -1,0 +1,47 @@
+"""What an activation quantiser needs to know of the tensor as a whole."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from jfp4.ops.outliers import thresholds
+from jfp4.ops.quantize import resolve_shift, to_float32
+from jfp4.recipe import Recipe
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Statistics over tokens: taken from the tensor itself in training, kept for evaluation.
+
+    They are all that lets one token's result depend on another's, so a layer that is handed the
+    same calibration gives every token the same result in whatever company it comes.
+
+    Attributes:
+        lo: lower clamp threshold in units of ``x - mean``; None if the recipe does not clamp.
+        hi: upper one.
+        mean: the mean over tokens, [1, k]; None unless the recipe shifts by it.
+    """
+
+    lo: Float32[Array, ""] | None = None
+    hi: Float32[Array, ""] | None = None
+    mean: Float32[Array, "1 k"] | None = None
+
+
+def calibrate(x: Float[Array, "m k"], recipe: Recipe) -> Calibration:
+    """Takes from ``x`` what the recipe's activation quantiser needs; treated as constant.
+
+    Args:
+        x: activations, a token a row.
+        recipe: decides which statistics are needed; the others are None.
+    """
+    x = jax.lax.stop_gradient(x)
+    lo = hi = mean = None
+    if recipe.x_shift == "mean":
+        mean = resolve_shift(to_float32(x, 1)[0], 1, "mean")
+        x = x.astype(jnp.float32) - mean
+    if recipe.occ_alpha is not None:
+        lo, hi = thresholds(x, recipe.occ_alpha, sample=recipe.occ_sample)
+    return Calibration(lo, hi, mean)

@@ -1,0 +1,140 @@
+"""Outlier clamp and compensation (OCC): arXiv 2501.17116, section 3.2."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from jfp4.formats import get_format, round_to_format
+from jfp4.ops.quantize import check_float, flush, scale_of, scaled_codes, to_float32
+from jfp4.qtensor import QTensor
+from jfp4.recipe import check_occ
+
+
+def thresholds(
+    x: Float[Array, "..."], alpha: float = 0.99, *, sample: int | None = 65536
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """The (1 - alpha) and alpha quantiles of the signed tensor, by nearest rank.
+
+    Of n sorted elements these are the ones at ranks ``n - ceil(alpha n)`` and
+    ``ceil(alpha n) - 1``, so that at most a share ``1 - alpha`` lies beyond each. The elements are
+    found exactly by a binary search over the bits of their keys (a radix selection), which reads
+    the tensor 16 times for 16-bit inputs and 32 for 32-bit ones where a sort would move it.
+
+    Args:
+        x: any float dtype, any shape.
+        alpha: quantile in (0.5, 1].
+        sample: estimate from this many elements, taken at a fixed stride that has no factor in
+            common with the last axis (so that every column is seen), or None for all of them.
+
+    Returns:
+        ``(lo, hi)`` in input units; both NaN if an element looked at is NaN.
+
+    Raises:
+        TypeError: ``x`` is not an array of floats.
+        ValueError: ``alpha`` or ``sample`` is out of range, or ``x`` is empty.
+    """
+    check_float(x)
+    check_occ(alpha, sample)
+    if x.size == 0:
+        raise ValueError(f"x has shape {x.shape}; expected at least one element")
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        x = jnp.asarray(x, jnp.float32)
+    flat = x.reshape(-1)
+    if sample is not None:
+        flat = flat[:: sample_stride(x.shape, sample)][:sample]
+    high = min(max(math.ceil(alpha * flat.size - 1e-9) - 1, 0), flat.size - 1)
+    lo, hi = order_statistics(flat, (flat.size - 1 - high, high))
+    is_nan = jnp.any(jnp.isnan(flat))
+    return jnp.where(is_nan, jnp.nan, lo), jnp.where(is_nan, jnp.nan, hi)
+
+
+def sample_stride(shape: tuple[int, ...], sample: int) -> int:
+    """The largest stride up to ``size // sample`` without a factor in common with the last axis."""
+    stride = max(math.prod(shape) // sample, 1)
+    while math.gcd(stride, shape[-1] if shape else 1) != 1:
+        stride -= 1
+    return stride
+
+
+def order_statistics(
+    x: Float[Array, " n"], ranks: tuple[int, ...]
+) -> tuple[Float32[Array, ""], ...]:
+    """The elements at the given ranks (from 0) of ``x`` sorted ascending, exactly.
+
+    IEEE bit patterns, read as integers with the negative ones flipped, sort as the numbers do;
+    each step of the search fixes one bit of the answers by counting the keys below.
+    """
+    bits = x.dtype.itemsize * 8
+    integer = jnp.dtype(f"int{bits}")
+    pattern = lax.bitcast_convert_type(x, integer)
+    magnitude_mask = jnp.array((1 << (bits - 1)) - 1, integer)
+    keys = jnp.where(pattern < 0, pattern ^ magnitude_mask, pattern)
+
+    def narrow(step: int, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        # Bits go from the top; adding 2**(bits - 1) to the smallest integer wraps to 0, as wanted.
+        bit = jnp.left_shift(jnp.array(1, integer), (bits - 1 - step).astype(integer))
+        trials = tuple(f + bit for f in found)
+        below = tuple(jnp.sum(keys < t, dtype=jnp.int32) for t in trials)
+        return tuple(
+            jnp.where(b <= rank, t, f)
+            for b, rank, t, f in zip(below, ranks, trials, found, strict=True)
+        )
+
+    start = (jnp.array(-(1 << (bits - 1)), integer),) * len(ranks)
+    found = lax.fori_loop(0, bits, narrow, start)
+    values = (jnp.where(f < 0, f ^ magnitude_mask, f) for f in found)
+    return tuple(lax.bitcast_convert_type(v, x.dtype).astype(jnp.float32) for v in values)
+
+
+def clamp(
+    x: Float[Array, "..."], lo: Float32[Array, ""], hi: Float32[Array, ""]
+) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
+    """Splits ``x`` into ``clip(x, lo, hi)`` and the residual ``x`` minus it, both float32.
+
+    A NaN threshold makes both NaN; so does a NaN element of its own place. An infinity stays in
+    both, so that ``quantize`` sees it.
+    """
+    x, _ = to_float32(x, None)
+    clamped = jnp.where(jnp.isinf(x), x, jnp.clip(x, lo, hi))
+    return clamped, x - clamped
+
+
+def quantize_compensated(
+    x: Float[Array, "..."],
+    lo: Float32[Array, ""],
+    hi: Float32[Array, ""],
+    axis: int | None,
+    *,
+    format: str = "e2m1",
+) -> QTensor:
+    """Quantises with outliers kept in the operand: E4M3(Q(clamp(x)) + residual / scale).
+
+    The scale comes from the clamped tensor. An outlier keeps four significant bits up to 448 code
+    units and SATURATES there (a plain cast to float8_e4m3fn would make it NaN); everything else is
+    the code ``quantize`` gives. One 8-bit operand then carries both terms of the compensated
+    product.
+
+    Args:
+        x: any float dtype, any shape.
+        lo: lower threshold, input units; ``-inf`` clamps nothing.
+        hi: upper threshold, likewise.
+        axis: as in ``quantize``.
+        format: the 4-bit format of what is not clamped.
+
+    Returns:
+        A QTensor of format "e4m3".
+
+    Raises:
+        As ``quantize``.
+    """
+    carrier = get_format("e4m3")
+    x, axis = to_float32(x, axis)
+    clamped, residual = clamp(x, lo, hi)
+    scale = scale_of(clamped, axis, format)
+    codes = scaled_codes(clamped, scale, format) + flush(residual) * (1 / scale)
+    codes = round_to_format(codes, carrier.name)
+    codes = jnp.where(jnp.isnan(codes), np.float32(0), codes)
+    return QTensor(codes.astype(carrier.dtype), scale, None, carrier.name, axis)

@@ -1,0 +1,192 @@
+"""The program that turns text into shards."""
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import prepare, tokenizer
+
+WORDS = "the quick brown fox jumps over the lazy dog while café owners sip naïve tea".split()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of 80 documents."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "text.jsonl"
+    lines = (json.dumps({"text": " ".join(rng.choice(WORDS, 50))}) for _ in range(80))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(args)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_same_input_gives_same_bytes(text: Path, tmp_path: Path) -> None:
+    # Two processes, since hash seeds differ between them and not within one.
+    for name, seed in (("a", "1"), ("b", "2")):
+        subprocess.run(
+            [sys.executable, "-m", "train.prepare", f"--data={text}", f"--out={tmp_path / name}"]
+            + ["--vocab_size=400", "--shard_tokens=500"],
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[2],
+        )
+    first = contents(tmp_path / "a")
+    assert {"meta.json", "tokenizer.json", "train-00000.bin", "valid-00000.bin"} <= first.keys()
+    assert first == contents(tmp_path / "b")
+
+
+def test_writes_what_meta_says(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "out"
+    prepare.main([f"--data={text}", f"--out={out}", "--vocab_size=300", "--shard_tokens=500"])
+    files = contents(out)
+    meta = json.loads(files.pop("meta.json"))
+    definition = files.pop("tokenizer.json")
+    assert meta["tokenizer_fingerprint"] == hashlib.sha256(definition).hexdigest()
+    assert meta["vocab_size"] == 300
+    listed = meta["splits"]["train"] + meta["splits"]["valid"]
+    assert [shard["file"] for shard in listed] == sorted(files)
+    for shard in listed:
+        content = files[shard["file"]]
+        assert shard["sha256"] == hashlib.sha256(content).hexdigest()
+        assert len(content) == 2 * shard["tokens"]
+    assert {shard["tokens"] for shard in meta["splits"]["train"][:-1]} == {500}
+    ids = np.concatenate([np.frombuffer(content, "<u2") for content in files.values()])
+    assert np.count_nonzero(ids == meta["eod"]) == sum(meta["documents"].values()) == 80
+    num_bytes = sum(meta["text_bytes"].values())
+    assert capsys.readouterr().out == (
+        f"{out}: 80 documents, {len(ids):,} tokens of 300, "
+        f"{num_bytes / len(ids):.2f} bytes per token\n"
+    )
+
+
+def test_learns_from_training_documents_only(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text("abab " * 50)
+    (tmp_path / "text" / "valid.txt").write_text("xyxy " * 500)
+    prepare.main([f"--data={tmp_path / 'text'}", f"--out={tmp_path / 'out'}", "--vocab_size=300"])
+    learnt = tokenizer.load(str(tmp_path / "out" / "tokenizer.json"))
+    assert len(learnt.encode("abab")) == 1
+    assert len(learnt.encode("xyxy")) == 4
+
+
+def test_takes_a_tokenizer(text: Path, tmp_path: Path) -> None:
+    prepare.main([f"--data={text}", f"--out={tmp_path / 'a'}", "--vocab_size=300"])
+    given = tmp_path / "a" / "tokenizer.json"
+    prepare.main([f"--data={text}", f"--out={tmp_path / 'b'}", f"--tokenizer={given}"])
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    prepare.main([f"--data={text}", f"--out={tmp_path / 'c'}", "--tokenizer=bytes"])
+    assert "tokenizer.json" not in contents(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["bytes", "learnt"])
+def test_tokenizer_keeps_text_and_never_yields_eod(name: str, text: Path, tmp_path: Path) -> None:
+    if name == "learnt":
+        prepare.main([f"--data={text}", f"--out={tmp_path / 'out'}", "--vocab_size=300"])
+        name = str(tmp_path / "out" / "tokenizer.json")
+    loaded = tokenizer.load(name)
+    for sample in ("", "  two\r\n\tcafé 日本 🙂", f"quoted {tokenizer.EOD} here"):
+        ids = loaded.encode(sample)
+        assert loaded.eod not in ids
+        assert loaded.decode(ids) == sample
+        np.testing.assert_array_equal(ids, loaded.encode_batch(["x", sample])[1])
+    assert loaded.decode([loaded.eod]) == tokenizer.EOD
+    assert loaded.dtype == np.uint16
+
+
+def test_truncation_in_a_definition_loses_nothing(text: Path, tmp_path: Path) -> None:
+    prepare.main([f"--data={text}", f"--out={tmp_path / 'out'}", "--vocab_size=300"])
+    path = tmp_path / "out" / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["truncation"] = {
+        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    path.write_text(json.dumps(definition))
+    loaded = tokenizer.load(str(path))
+    assert loaded.decode(loaded.encode("the quick brown fox")) == "the quick brown fox"
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("flags", "match"),
+        [
+            (["--vocab_size=256"], "--vocab_size=256 has no room"),
+            (["--shard_tokens=0"], "--shard_tokens=0 is too few"),
+            (["--vocab_size=300", "--tokenizer=bytes"], "drop either"),
+            (["--tokenizer=none.json"], "none.json cannot be read"),
+            (["--data=missing"], "missing does not exist"),
+        ],
+    )
+    def test_flags(
+        self,
+        flags: list[str],
+        match: str,
+        text: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        message = refused(capsys, f"--data={text}", f"--out={tmp_path / 'out'}", *flags)
+        assert match in message
+        assert list(tmp_path.iterdir()) == [text]
+
+    def test_bad_document(
+        self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with text.open("a") as file:
+            file.write("\n{")
+        message = refused(capsys, f"--data={text}", f"--out={tmp_path / 'out'}")
+        assert f"{text}:81: is not JSON" in message
+        assert list(tmp_path.iterdir()) == [text]
+
+    def test_directory_in_use(
+        self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        prepare.main([f"--data={text}", f"--out={out}", "--tokenizer=bytes"])
+        before = contents(out)
+        capsys.readouterr()
+        assert "is not empty" in refused(capsys, f"--data={text}", f"--out={out}")
+        assert "is not empty" in refused(capsys, f"--data={text}", f"--out={text}")
+        assert contents(out) == before
+        assert sorted(tmp_path.iterdir()) == [out, text]
+
+    def test_disk_full(
+        self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+        try:
+            message = refused(
+                capsys, f"--data={text}", f"--out={tmp_path / 'out'}", "--tokenizer=bytes"
+            )
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "cannot be written (File too large)" in message
+        assert list(tmp_path.iterdir()) == [text]
+
+    def test_unwritable_place(self, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        message = refused(capsys, f"--data={text}", f"--out={text}/out", "--tokenizer=bytes")
+        assert "cannot be written (Not a directory)" in message

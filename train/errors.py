@@ -1,0 +1,10 @@
+"""The one exception that stands for a mistake of the user's."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend: a bad path, bad data, flags that disagree.
+
+    The message is one line that says what is wrong and how to mend it. A program's main prints it
+    on stderr behind "error: " and exits with status 2; any other exception is a defect and keeps
+    its traceback.
+    """
