@@ -128,7 +128,10 @@ def round_to_format(v: Float[Array, "..."], format: str = "e2m1") -> Float[Array
         # nearest even, does the work; subtracting it again is exact.
         shifter = jnp.maximum(binade, 2.0**f.min_exponent) * (1.5 * 2.0 ** (23 - f.mantissa_bits))
         rounded = (magnitude + shifter) - shifter
-    return jnp.copysign(rounded, v)
+    sign = lax.bitcast_convert_type(v, jnp.uint32) & np.uint32(0x80000000)
+    return lax.bitcast_convert_type(
+        lax.bitcast_convert_type(rounded, jnp.uint32) | sign, jnp.float32
+    )
 
 
 def to_bits(codes: Float[Array, "..."], format: str) -> UInt8[Array, "..."]:
@@ -150,8 +153,7 @@ def to_bits(codes: Float[Array, "..."], format: str) -> UInt8[Array, "..."]:
 
 
 def from_bits(bits: UInt8[Array, "..."], format: str) -> Float[Array, "..."]:
-    """Inverse of ``to_bits``: codes in the format's one-byte dtype. Bits above the fourth are
-    ignored."""
+    """Inverse of ``to_bits``: codes in the format's one-byte dtype; higher bits are ignored."""
     f = _four_bit(format)
     table = np.concatenate([f.grid, -f.grid]).astype(f.dtype)
     return jnp.take(jnp.asarray(table), (bits & 15).astype(jnp.int32))
@@ -194,4 +196,3 @@ def _four_bit(format: str) -> Format:
     if f.bits != 4:
         raise ValueError(f"format={format!r} has {f.bits} bits; expected a 4-bit format")
     return f
-

@@ -88,9 +88,7 @@ class Linear(nnx.Linear):
             calibration = calibrate(tokens, self.recipe)
             self._observe(calibration)
         if self.monitor:
-            self.sow(
-                nnx.Intermediate, "health", health(tokens, kernel, self.recipe, calibration)
-            )
+            self.sow(nnx.Intermediate, "health", health(tokens, kernel, self.recipe, calibration))
         return linear(x, kernel, self.recipe, bias=bias, calibration=calibration)
 
     def _running(self) -> Calibration:
@@ -166,7 +164,9 @@ def _refuse_ignored(layer: nnx.Linear) -> None:
     }
     if any(ignored.values()):
         names = ", ".join(name for name, given in ignored.items() if given)
-        raise ValueError(f"{names} was given; expected the default, as a recipe decides the product")
+        raise ValueError(
+            f"{names} was given; expected the default, as a recipe decides the product"
+        )
 
 
 _DOT_GENERAL = nnx.Linear(1, 1, rngs=nnx.Rngs(0)).dot_general

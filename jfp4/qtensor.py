@@ -16,7 +16,8 @@ class QTensor:
 
     Invariants, which hold of whatever ``quantize`` returns:
       * ``value = codes * scale + shift`` (``dequantize``); scale is always the multiplier.
-      * Every code lies on the grid of ``format`` and is carried in that format's one-byte dtype.
+      * Every code lies on the grid of ``format``. What carries it is that format's one-byte dtype
+        unless ``quantize`` was asked for a wider one, which a product narrows again if it needs to.
       * ``scale`` has the rank of ``codes``, is positive or NaN, and has size 1 along ``axis``
         (everywhere if ``axis`` is None), so that it can be applied after a contraction over it.
       * ``shift``, where there is one, has the rank of ``codes`` and broadcasts against them.

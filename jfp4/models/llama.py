@@ -83,7 +83,7 @@ class Llama(nnx.Module):
         if self.config.remat != "none":
             policy = save_codes if self.config.remat == "codes" else None
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        x, written = jax.lax.scan(layer, x, (params, rest))
+        x, written = jax.lax.scan(layer, x, (params, rest), unroll=not self.config.scan_layers)
         nnx.update(self.layers, written)
         return x
 
@@ -180,9 +180,7 @@ def rotary_angles(
     return jnp.sin(angles), jnp.cos(angles)
 
 
-def rotate(
-    x: Float[Array, "b s h e2"], sin_cos: tuple[Array, Array]
-) -> Float[Array, "b s h e2"]:
+def rotate(x: Float[Array, "b s h e2"], sin_cos: tuple[Array, Array]) -> Float[Array, "b s h e2"]:
     """Applies the rotary embedding, pairing the first half of a head with the second."""
     sin, cos = sin_cos
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -43,4 +43,3 @@ def derivative(
         low, width = jnp.where(inside, g, low), jnp.where(inside, above - g, width)
     distance = jnp.abs(2 * (magnitude - low) / width - 1)
     return jnp.minimum(distance ** np.float32(1 / k - 1) / np.float32(k), cap)
-

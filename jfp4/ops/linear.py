@@ -96,9 +96,7 @@ def quantize_activation(
         x = x - calibration.mean
     residual = None
     if recipe.occ_compensation == "operand":
-        q = quantize_compensated(
-            x, calibration.lo, calibration.hi, axis, format=recipe.x_format
-        )
+        q = quantize_compensated(x, calibration.lo, calibration.hi, axis, format=recipe.x_format)
     else:
         clamped, residual = clamp(x, calibration.lo, calibration.hi)
         q = quantize(clamped, axis, format=recipe.x_format)
@@ -155,8 +153,12 @@ _linear.defvjp(_fprop, _backward)
 
 
 def _dgrad(recipe: Recipe, dy: Float32[Array, "m n"], wq: QTensor) -> Float32[Array, "m k"]:
-    dx = _folded_product(dy * wq.scale, wq.T, recipe)
-    if wq.shift is not None:  # the same for every k: the shift is a number a column
+    folded = dy * wq.scale
+    if recipe.grad_format is None:
+        dx = _bfloat16_matmul(folded, wq.codes.T)
+    else:
+        dx = gemm(_quantize_gradient(folded, 1, recipe), wq.T.unscaled())
+    if wq.shift is not None:  # a number a column: the same for every k
         dx = dx + jnp.sum(dy * wq.shift, axis=1, keepdims=True)
     return dx
 
@@ -164,7 +166,11 @@ def _dgrad(recipe: Recipe, dy: Float32[Array, "m n"], wq: QTensor) -> Float32[Ar
 def _wgrad(
     recipe: Recipe, dy: Float32[Array, "m n"], xq: QTensor, residual: Array | None
 ) -> Float32[Array, "k n"]:
-    dw = _folded_product((dy * xq.scale).T, xq, recipe).T
+    folded = dy * xq.scale
+    if recipe.grad_format is None:
+        dw = _bfloat16_matmul(xq.codes.T, folded)
+    else:
+        dw = gemm(xq.T.unscaled(), _quantize_gradient(folded, 0, recipe))
     if xq.shift is not None:
         if xq.shift.shape[1] == 1:  # a number a token: the same for every k
             dw = dw + jnp.sum(dy * xq.shift, axis=0, keepdims=True)
@@ -175,15 +181,16 @@ def _wgrad(
     return dw
 
 
-def _folded_product(folded: Array, codes: QTensor, recipe: Recipe) -> Float32[Array, "r c"]:
-    """``folded @ codes``, the folded gradient quantised with a scale a row."""
-    if recipe.grad_format is None:
-        return jnp.matmul(
-            folded.astype(jnp.bfloat16),
-            codes.codes.astype(jnp.bfloat16),
-            preferred_element_type=jnp.float32,
-        )
-    return gemm(quantize(folded, 1, format=recipe.grad_format), codes.unscaled())
+def _quantize_gradient(folded: Float32[Array, "m n"], axis: int, recipe: Recipe) -> QTensor:
+    assert recipe.grad_format is not None
+    # These codes are multiplied at once: bfloat16 spares CPUs, which have no float8, the detour.
+    return quantize(folded, axis, format=recipe.grad_format, dtype=jnp.bfloat16)
+
+
+def _bfloat16_matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(
+        a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    )
 
 
 def _matmul(a: Array, b: Array) -> Array:

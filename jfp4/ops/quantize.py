@@ -17,6 +17,7 @@ def quantize(
     *,
     format: str = "e2m1",
     shift: str | Float32[Array, "..."] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> QTensor:
     """Quantises a tensor with a scale from its own largest magnitude.
 
@@ -38,6 +39,8 @@ def quantize(
         shift: None; "midrange", ``max/2 + min/2`` over ``axis``; "mean", the mean over every
             other axis (for activations, a vector of length k); or the shift itself, float32, of
             ``x``'s rank.
+        dtype: what carries the codes; None is the format's one-byte dtype. A wider one saves the
+            conversions where codes are multiplied at once and not kept.
 
     Returns:
         A QTensor of ``x``'s shape.
@@ -52,7 +55,8 @@ def quantize(
     if offset is not None:
         x = x - offset
     scale = scale_of(x, axis, format)
-    return QTensor(scaled_codes(x, scale, format).astype(f.dtype), scale, offset, format, axis)
+    codes = scaled_codes(x, scale, format).astype(f.dtype if dtype is None else dtype)
+    return QTensor(codes, scale, offset, format, axis)
 
 
 def to_float32(

@@ -624,6 +624,9 @@ class LinearConfig:
         dge_k: sharpness of the differentiable gradient estimator; None for straight through.
         dge_cap: its upper bound.
         occ_alpha: quantile of the outlier clamp with compensation; None for no clamp.
+        occ_compensation: "operand" (`compensate`), "residual" (a second product) or None (dropped).
+        x_shift: None, "midrange" (per scale, without the clamp) or "mean" (over tokens).
+        w_shift: None or "midrange".
         sample_size: number of elements that the thresholds are taken from; see `sample`.
     """
 
@@ -636,6 +639,9 @@ class LinearConfig:
     dge_cap: float = 3.0
     occ_alpha: float | None = 0.99
     sample_size: int = 65536
+    occ_compensation: str | None = "operand"
+    x_shift: str | None = None
+    w_shift: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning, naming the field."""
@@ -647,10 +653,24 @@ class LinearConfig:
             raise ValueError("occ_alpha needs an x_fmt")
         if self.dge_k is not None and self.w_fmt is None:
             raise ValueError("dge_k needs a w_fmt")
+        if self.occ_compensation not in ("operand", "residual", None):
+            raise ValueError(
+                f"occ_compensation is operand, residual or None, got {self.occ_compensation!r}"
+            )
+        if self.x_shift is not None and self.x_fmt is None:
+            raise ValueError("x_shift needs an x_fmt")
+        if self.w_shift is not None and self.w_fmt is None:
+            raise ValueError("w_shift needs a w_fmt")
+        if self.x_shift == "midrange" and self.occ_alpha is not None:
+            raise ValueError("x_shift is midrange or there is an occ_alpha, not both")
 
 
 def linear(
-    x: npt.ArrayLike, w: npt.ArrayLike, dy: npt.ArrayLike, config: LinearConfig
+    x: npt.ArrayLike,
+    w: npt.ArrayLike,
+    dy: npt.ArrayLike,
+    config: LinearConfig,
+    bias: npt.ArrayLike | None = None,
 ) -> tuple[Float64, Float64, Float64]:
     """Forward and both gradients of y = x w, with every quantisation step.
 
@@ -665,6 +685,11 @@ def linear(
     quotient that fprop rounds; without `dge_k` it is 1. Activations pass straight through,
     clamped elements included.
 
+    Shifts z_x and z_w add rank-one terms to all three: y gains those of `matmul`, dx gains
+    dy z_w^T and dw gains z_x^T dy (before f', which is then at (w - z_w) / s_w), from dy as it is.
+    With a mean shift the thresholds are those of x minus the mean. With the "residual" r as a
+    second product, y gains r (s_w Wq + z_w) and dw gains r^T dy.
+
     An operand that is not quantised is its float32 self with scale 1.
 
     Args:
@@ -672,6 +697,7 @@ def linear(
         w: [k, n], any floating dtype.
         dy: [m, n], gradient of the loss by y, any floating dtype.
         config: what is quantised, and how.
+        bias: [n], added to y.
 
     Returns:
         (y [m, n], dx [m, k], dw [k, n]), float64.
@@ -684,17 +710,32 @@ def linear(
     w_axis = 0 if config.w_granularity == "channel" else None
 
     xq, s_x = x.astype(np.float64), one
+    z_x: Float32 | None = None
+    residual: Float32 | None = None
     if config.x_fmt is not None and config.occ_alpha is not None:
-        lo, hi = thresholds(sample(x, config.sample_size), config.occ_alpha)
-        xq, s_x = compensate(x, lo, hi, x_axis, config.x_fmt)
+        centred = x
+        if config.x_shift == "mean":
+            z_x = mean_shift(x)
+            centred = _subtract(x, z_x)
+        lo, hi = thresholds(sample(centred, config.sample_size), config.occ_alpha)
+        if config.occ_compensation == "operand":
+            xq, s_x = compensate(centred, lo, hi, x_axis, config.x_fmt)
+        else:
+            clipped, residual = clamp_residual(centred, lo, hi)
+            xq, s_x, _ = quantize(clipped, x_axis, config.x_fmt)
+            residual = residual if config.occ_compensation == "residual" else None
     elif config.x_fmt is not None:
-        xq, s_x, _ = quantize(x, x_axis, config.x_fmt)
+        xq, s_x, z_x = quantize(x, x_axis, config.x_fmt, config.x_shift)
 
     wq, s_w = w.astype(np.float64), one
+    z_w: Float32 | None = None
     if config.w_fmt is not None:
-        wq, s_w, _ = quantize(w, w_axis, config.w_fmt)
+        wq, s_w, z_w = quantize(w, w_axis, config.w_fmt, config.w_shift)
 
-    y = matmul(xq, s_x, wq, s_w)
+    y = matmul(xq, s_x, wq, s_w, z_x, z_w, bias)
+    if residual is not None:
+        # Scale and shift outside the sums, which take no more than 24 bits an element.
+        y = y + matmul(residual, one, wq, s_w, None, z_w)
 
     dgrad_dy = _multiply(dy, s_w)
     if config.grad_fmt is None:
@@ -702,6 +743,8 @@ def linear(
     else:
         codes, s, _ = quantize(dgrad_dy, 1, config.grad_fmt)
         dx = matmul(codes, s, wq.T, one)
+    if z_w is not None:
+        dx = dx + sums(dy, np.broadcast_to(z_w, w.shape).T)
 
     wgrad_dy = _multiply(dy, s_x)
     if config.grad_fmt is None:
@@ -709,7 +752,12 @@ def linear(
     else:
         codes, s, _ = quantize(wgrad_dy, 0, config.grad_fmt)
         dw = matmul(xq.T, one, codes, s)
+    if z_x is not None:
+        dw = dw + sums(np.broadcast_to(z_x, x.shape).T, dy)
+    if residual is not None:
+        dw = dw + sums(residual.T, dy)
     if config.dge_k is not None and config.w_fmt is not None:
-        dw = dw * dge_derivative(_divide(w, s_w), config.w_fmt, config.dge_k, config.dge_cap)
+        v = _divide(w if z_w is None else _subtract(w, z_w), s_w)
+        dw = dw * dge_derivative(v, config.w_fmt, config.dge_k, config.dge_cap)
 
     return y, dx, dw

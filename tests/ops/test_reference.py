@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jfp4.ops import reference as ref
@@ -55,6 +55,17 @@ def round32(exact):
     return sign * (math.inf if value >= Fraction(2) ** 128 else float(value))
 
 
+def quotient(a, b):
+    """A * (1 / b), reciprocal and product each rounded to float32."""
+    return Fraction(round32(Fraction(a) * Fraction(round32(1 / Fraction(b)))))
+
+
+def scale_of(values, fmt):
+    """Scale of one row of fractions."""
+    least = Fraction(2) ** -126 * 2 / Fraction(float(ref.grid(fmt)[1]))
+    return max(quotient(max(map(abs, values)), ref.max_value(fmt)), least)
+
+
 def same_bits(a, b):
     """Equal values and equal signs of zero."""
     np.testing.assert_array_equal(a, b)
@@ -90,7 +101,6 @@ def test_published_grids():
     assert ref.grid("e1m2").tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]
     assert ref.grid("e3m0").tolist() == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
     assert (ref.max_value("e4m3"), ref.max_value("e5m2")) == (448, 57344)
-    assert 448 / 6 == pytest.approx(74.7, abs=0.05)
 
 
 @pytest.mark.parametrize("fmt", DTYPES)
@@ -249,6 +259,9 @@ def test_to_float32_refuses(dtype):
 
 
 @fast
+@example(row=[2.0**127, 1.0], fmt="e2m1", shift=None)
+@example(row=[float(np.nextafter(np.float32(2.0**127), np.float32(0)))], fmt="e1m2", shift=None)
+@example(row=[3e38, -3e38], fmt="e2m1", shift="midrange")
 @given(
     row=st.lists(floats32, min_size=1, max_size=6),
     fmt=st.sampled_from(FORMATS),
@@ -262,17 +275,19 @@ def test_quantize_in_exact_arithmetic(row, fmt, shift):
         z = Fraction(round32(max(exact) / 2)) + Fraction(round32(min(exact) / 2))
         z = Fraction(round32(z))
         exact = [Fraction(round32(v - z)) for v in exact]
-    top = Fraction(ref.max_value(fmt))
-    s = max(Fraction(round32(max(abs(v) for v in exact) / top)), Fraction(2) ** -126)
     codes, got_scale, got_shift = ref.quantize(np.array([row], np.float32), 1, fmt, shift)
     assert got_scale.shape == (1, 1) and got_scale.dtype == np.float32
-    assert got_scale[0, 0] == float(s)
     if shift is None:
         assert got_shift is None
     else:
         assert got_shift is not None and got_shift.dtype == np.float32
         assert got_shift[0, 0] == float(z)
-    np.testing.assert_array_equal(codes[0], [nearest(round32(v / s), fmt) for v in exact])
+    if max(map(abs, exact)) >= Fraction(2) ** 127:
+        assert np.isnan(got_scale[0, 0]) and not np.any(codes)
+        return
+    s = scale_of(exact, fmt)
+    assert got_scale[0, 0] == float(s)
+    np.testing.assert_array_equal(codes[0], [nearest(quotient(v, s), fmt) for v in exact])
 
 
 def test_quantize_keeps_the_sign_of_zero():
@@ -288,18 +303,37 @@ def test_scale_axis(axis):
     s = ref.scale(x, axis, "e2m1")
     amax = np.abs(x).max(axis=axis, keepdims=True)
     assert s.shape == amax.shape
-    np.testing.assert_array_equal(s, amax / np.float32(6))
+    np.testing.assert_array_equal(s, amax * np.float32(1 / 6))
     codes, _, _ = ref.quantize(x, axis, "e2m1")
     np.testing.assert_array_equal(np.abs(codes).max(axis=axis), np.full(amax.squeeze().shape, 6.0))
 
 
 def test_scale_of_zero_and_tiny_rows():
-    """A zero row gets 2**-126 and codes 0; so does one whose quotient is below it."""
-    x = np.array([[0, 0], [-0.0, 0], [2.0**-126, 0], [2.0**-120, 0], [1e-44, 0]], np.float32)
+    """The least scale is 2**-124: the least normal is half a smallest step of it, and ties to 0."""
+    x = np.array(
+        [[0, 0], [-0.0, 0], [2.0**-126, 0], [1.5 * 2.0**-126, 0], [2.0**-120, 0], [1e-44, 0]],
+        np.float32,
+    )
     codes, s, _ = ref.quantize(x, 1, "e2m1")
-    tiny = float(TINY)
-    assert s[:, 0].tolist() == [tiny, tiny, tiny, np.float32(2.0**-120) / np.float32(6), tiny]
-    assert codes[:, 0].tolist() == [0, 0, 1, 6, 0]
+    least = 2.0**-124
+    assert ref.min_scale("e2m1") == least
+    above = np.float32(2.0**-120) * np.float32(1 / 6)
+    assert s[:, 0].tolist() == [least, least, least, least, above, least]
+    assert codes[:, 0].tolist() == [0, 0, 0, 0.5, 6, 0]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_least_scale_sends_subnormals_to_zero(fmt):
+    """No subnormal reaches half a step of the least scale, and the least scale is the tightest."""
+    half_step = Fraction(float(ref.min_scale(fmt))) * Fraction(float(ref.grid(fmt)[1])) / 2
+    assert half_step == Fraction(2) ** -126
+
+
+def test_scale_up_to_the_largest():
+    """From 2**127 on a scale's reciprocal might be subnormal: NaN."""
+    below = np.nextafter(np.float32(2.0**127), np.float32(0))
+    s = ref.scale(np.float32([[below, 1], [-(2.0**127), 1], [np.inf, 1], [np.nan, 1]]), 1, "e2m1")
+    assert s[0, 0] == below * np.float32(1 / 6) and np.all(np.isnan(s[1:]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -456,11 +490,11 @@ def test_compensate_in_exact_arithmetic(fmt, axis):
     clamped = [[min(max(v, flo), fhi) for v in row] for row in exact]
     rows = clamped if axis == 1 else [[v for row in clamped for v in row]] * len(clamped)
     for i, row in enumerate(exact):
-        scale = Fraction(round32(max(map(abs, rows[i])) / Fraction(ref.max_value(fmt))))
+        scale = scale_of(rows[i], fmt)
         assert float(s[i if axis == 1 else 0, 0]) == float(scale)
         for j, v in enumerate(row):
-            q = Fraction(nearest(round32(clamped[i][j] / scale), fmt))
-            part = Fraction(round32(Fraction(round32(v - clamped[i][j])) / scale))
+            q = Fraction(nearest(quotient(clamped[i][j], scale), fmt))
+            part = quotient(Fraction(round32(v - clamped[i][j])), scale)
             assert codes[i, j] == nearest(round32(q + part), "e4m3")
 
 
@@ -481,12 +515,23 @@ def test_compensation_keeps_four_significant_bits():
 
 
 def test_compensation_saturates():
-    """A plain cast would be NaN beyond 464; this is 448, for infinities too."""
+    """A plain cast would be NaN beyond 464; this is 448."""
     assert np.isnan(np.float32(1000).astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
-    x = np.float32([[6, -6, 1000, -1000, 3e38, np.inf, -0.0]])
+    x = np.float32([[6, -6, 1000, -1000, 3e38, -0.0]])
     codes, s = ref.compensate(x, -6.0, 6.0, 1, "e2m1")
     assert s[0, 0] == 1
-    same_bits(codes[0], np.float64([6, -6, 448, -448, 448, 448, 0.0]))
+    same_bits(codes[0], np.float64([6, -6, 448, -448, 448, 0.0]))
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
+def test_infinities_are_not_clamped(bad):
+    """The scale of a row with an infinity is NaN, though the thresholds are finite."""
+    x = np.float32([[1, bad, 9], [1, 2, 9]])
+    clipped, _ = ref.clamp_residual(x, -6.0, 6.0)
+    assert clipped.tolist() == [[1, bad, 6], [1, 2, 6]]
+    codes, s = ref.compensate(x, -6.0, 6.0, 1, "e2m1")
+    assert np.isnan(s[0, 0]) and s[1, 0] == 1
+    assert codes.tolist() == [[0, 0, 0], [1, 2, 9]]
 
 
 def test_compensation_of_broken_rows():
@@ -692,10 +737,6 @@ def scalar_linear(x, w, dy, config):
     def q(v, fmt):
         return Fraction(nearest(v, fmt))
 
-    def scale(values, fmt):
-        top = Fraction(ref.max_value(fmt))
-        return max(f32(max(map(abs, values)) / top), Fraction(2) ** -126)
-
     x, w, dy = ([[f32(Fraction(v)) for v in row] for row in a] for a in (x, w, dy))
     flat = [v for row in x for v in row]
     c, r = x, [[Fraction(0)] * k for _ in x]
@@ -709,14 +750,16 @@ def scalar_linear(x, w, dy, config):
         c = [[min(max(v, lo), hi) for v in row] for row in x]
         r = [[f32(v - u) for v, u in zip(*rows, strict=True)] for rows in zip(x, c, strict=True)]
     whole = [v for row in c for v in row]
-    sx = [scale(row if config.x_granularity == "token" else whole, config.x_fmt) for row in c]
-    xq = [[q(f32(v / t), config.x_fmt) for v in row] for row, t in zip(c, sx, strict=True)]
+    sx = [scale_of(row if config.x_granularity == "token" else whole, config.x_fmt) for row in c]
+    xq = [[q(quotient(v, t), config.x_fmt) for v in row] for row, t in zip(c, sx, strict=True)]
     if config.occ_alpha is not None:
-        xq = [[q(f32(xq[i][j] + f32(r[i][j] / sx[i])), "e4m3") for j in range(k)] for i in range(m)]
+        parts = [[quotient(u, t) for u in row] for row, t in zip(r, sx, strict=True)]
+        xq = [[q(f32(xq[i][j] + parts[i][j]), "e4m3") for j in range(k)] for i in range(m)]
     columns = list(zip(*w, strict=True))
+    per_column = config.w_granularity == "channel"
     whole = [v for row in w for v in row]
-    sw = [scale(v if config.w_granularity == "channel" else whole, config.w_fmt) for v in columns]
-    v = [[f32(w[i][j] / sw[j]) for j in range(n)] for i in range(k)]
+    sw = [scale_of(v if per_column else whole, config.w_fmt) for v in columns]
+    v = [[quotient(w[i][j], sw[j]) for j in range(n)] for i in range(k)]
     wq = [[q(u, config.w_fmt) for u in row] for row in v]
 
     y = [
@@ -726,14 +769,14 @@ def scalar_linear(x, w, dy, config):
 
     g = [[f32(dy[i][j] * sw[j]) for j in range(n)] for i in range(m)]
     if config.grad_fmt is not None:
-        t = [scale(row, config.grad_fmt) for row in g]
-        g = [[t[i] * q(f32(u / t[i]), config.grad_fmt) for u in row] for i, row in enumerate(g)]
+        t = [scale_of(row, config.grad_fmt) for row in g]
+        g = [[t[i] * q(quotient(u, t[i]), config.grad_fmt) for u in row] for i, row in enumerate(g)]
     dx = [[sum(g[i][j] * wq[p][j] for j in range(n)) for p in range(k)] for i in range(m)]
 
     g = [[f32(dy[i][j] * sx[i]) for j in range(n)] for i in range(m)]
     if config.grad_fmt is not None:
-        t = [scale(column, config.grad_fmt) for column in zip(*g, strict=True)]
-        g = [[t[j] * q(f32(u / t[j]), config.grad_fmt) for j, u in enumerate(row)] for row in g]
+        t = [scale_of(column, config.grad_fmt) for column in zip(*g, strict=True)]
+        g = [[t[j] * q(quotient(u, t[j]), config.grad_fmt) for j, u in enumerate(row)] for row in g]
     dw = [[float(sum(xq[i][p] * g[i][j] for i in range(m))) for j in range(n)] for p in range(k)]
     if config.dge_k is not None:
         values = [Fraction(u) for u in ref.grid(config.w_fmt).tolist()]
@@ -805,3 +848,52 @@ def test_config_refuses_what_has_no_meaning():
         ref.LinearConfig(x_fmt=None)
     with pytest.raises(ValueError, match="dge_k"):
         ref.LinearConfig(w_fmt=None)
+    with pytest.raises(ValueError, match="occ_compensation"):
+        ref.LinearConfig(occ_compensation="both")
+    with pytest.raises(ValueError, match="x_shift"):
+        ref.LinearConfig(x_shift="midrange")
+    with pytest.raises(ValueError, match="x_shift"):
+        ref.LinearConfig(x_fmt=None, occ_alpha=None, x_shift="mean")
+    with pytest.raises(ValueError, match="w_shift"):
+        ref.LinearConfig(w_fmt=None, dge_k=None, w_shift="midrange")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ref.LinearConfig(grad_fmt=None, dge_k=None, occ_alpha=None, x_shift="midrange"),
+        ref.LinearConfig(grad_fmt=None, dge_k=None, occ_alpha=None, x_shift="mean"),
+        ref.LinearConfig(grad_fmt=None, dge_k=None, occ_alpha=None, w_shift="midrange"),
+        ref.LinearConfig(grad_fmt=None, dge_k=None, occ_alpha=0.9, occ_compensation="residual"),
+        ref.LinearConfig(grad_fmt=None, dge_k=None, occ_alpha=0.9, occ_compensation=None),
+        ref.LinearConfig(
+            grad_fmt=None,
+            dge_k=None,
+            occ_alpha=0.9,
+            occ_compensation="residual",
+            x_shift="mean",
+            w_shift="midrange",
+        ),
+    ],
+    ids=str,
+)
+def test_linear_is_the_algebra_of_the_dequantised(config):
+    """Shifts, residual and bias: y, dx and dw of the operands' values, but for the folding."""
+    x, w, dy = gaussian(36, 9, 8) + 1, gaussian(37, 8, 6) - 0.5, gaussian(38, 9, 6)
+    bias = gaussian(39, 6)
+    residual = np.zeros_like(x)
+    if config.occ_alpha is None:
+        xv = ref.dequantize(*ref.quantize(x, 1, "e2m1", config.x_shift))
+    else:
+        mean = ref.mean_shift(x) if config.x_shift else np.zeros((1, 8), np.float32)
+        clipped, residual = ref.clamp_residual(x - mean, *ref.thresholds(x - mean, 0.9))
+        xv = ref.dequantize(*ref.quantize(clipped, 1, "e2m1")[:2], mean)
+        residual = residual * (config.occ_compensation is not None)
+        assert np.any(residual) == (config.occ_compensation is not None)
+    wv = ref.dequantize(*ref.quantize(w, 0, "e2m1", config.w_shift))
+    y, dx, dw = ref.linear(x, w, dy, config, bias)
+    np.testing.assert_allclose(y, (xv + residual) @ wv + bias, rtol=1e-12, atol=1e-12)
+    fold = 2.0**-22  # of the terms' magnitudes: the float32 folding
+    assert np.all(np.abs(dx - dy @ wv.T) <= fold * (np.abs(dy) @ np.abs(wv).T))
+    bound = fold * (np.abs(xv + residual).T @ np.abs(dy))
+    assert np.all(np.abs(dw - (xv + residual).T @ dy) <= bound)

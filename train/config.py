@@ -1,0 +1,289 @@
+"""The trainer's configuration: frozen dataclasses, validated where they are made, and the flags."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jfp4.models.config import MODELS, LlamaConfig
+from jfp4.recipe import RECIPES, Recipe
+from train.errors import UserError
+
+PROGRAM = "python -m train.main"
+
+
+def _require(ok: bool, name: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise UserError(f"{name}={value}; expected {expected}")
+
+
+def _require_known(name: str, value: str, known: dict[str, Any]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"{name}={value!r} is unknown; {hint}there are {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; the defaults are those of arXiv 2501.17116, section 4.1."""
+
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises linearly."""
+
+    final_lr: float = 0.1
+    """Last learning rate, as a share of the peak; cosine in between."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices (norm scales have none)."""
+
+    beta1: float = 0.9
+    """Decay rate of the first moment."""
+
+    beta2: float = 0.95
+    """Decay rate of the second moment."""
+
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    clip_norm: float | None = 1.0
+    """Largest global norm of a gradient; None clips nothing."""
+
+    accumulation: int = 1
+    """Microbatches a step: batch_size is split into as many."""
+
+    max_skipped: int = 20
+    """Steps in a row without a finite gradient after which the run stops."""
+
+    def __post_init__(self) -> None:  # noqa: D105
+        _require(0 <= self.warmup <= 1, "optimizer.warmup", self.warmup, "a share from 0 to 1")
+        _require(0 <= self.final_lr <= 1, "optimizer.final_lr", self.final_lr, "a share, 0 to 1")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, ">= 0")
+        _require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "0 <= beta1 < 1")
+        _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "0 <= beta2 < 1")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "> 0")
+        clips = self.clip_norm is None or self.clip_norm > 0
+        _require(clips, "optimizer.clip_norm", self.clip_norm, "> 0 or None")
+        _require(self.accumulation >= 1, "optimizer.accumulation", self.accumulation, ">= 1")
+        _require(self.max_skipped >= 1, "optimizer.max_skipped", self.max_skipped, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every: int = 200
+    """Steps between saves; the last step and an interrupt save as well."""
+
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:  # noqa: D105
+        _require(self.every >= 1, "checkpoint.every", self.every, ">= 1")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is written beside the checkpoints."""
+
+    every: int = 10
+    """Steps between reading metrics from the device (each step still gets its own line)."""
+
+    health_every: int = 100
+    """Steps between measuring quantisation health, layer by layer; 0 never."""
+
+    def __post_init__(self) -> None:  # noqa: D105
+        _require(self.every >= 1, "log.every", self.every, ">= 1")
+        _require(self.health_every >= 0, "log.health_every", self.health_every, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Trains a Llama, by default a small one in FP4 on Python's own standard library."""
+
+    model: str = "llama5m"
+    """Model size: llama5m, llama60m, llama130m, llama400m, llama1b, llama7b or llama13b."""
+
+    recipe: str = "fp4"
+    """Quantisation preset: bf16, fp8, fp4 or fp4_cast."""
+
+    data: str = "pystdlib"
+    """pystdlib, or a path to text, JSON Lines (.gz too), Parquet, or prepared shards."""
+
+    tokenizer: str | None = None
+    """bytes, or a tokenizer.json; None takes that of prepared shards, and bytes elsewhere."""
+
+    steps: int = 600
+    """Optimizer steps of the whole run."""
+
+    batch_size: int = 8
+    """Sequences a step."""
+
+    seq_len: int = 256
+    """Tokens a sequence."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the data order."""
+
+    run_dir: str | None = None
+    """Where the run is written; None makes a new runs/MODEL-RECIPE-DATE-TIME."""
+
+    eval_every: int = 200
+    """Steps between evaluations; the last step is evaluated as well."""
+
+    eval_batches: int = 16
+    """Most validation batches an evaluation takes, always the same ones."""
+
+    resume: bool = False
+    """Go on from the last checkpoint in run_dir."""
+
+    plan: bool = False
+    """Only say what memory the run takes; exit 0 if it fits the device, 2 if not."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    llama: Annotated[LlamaConfig, tyro.conf.arg(name="model")] = MODELS["llama5m"]
+    quantization: Annotated[Recipe, tyro.conf.arg(name="recipe")] = RECIPES["fp4"]
+
+    def __post_init__(self) -> None:  # noqa: D105
+        _require_known("model", self.model, MODELS)
+        _require_known("recipe", self.recipe, RECIPES)
+        for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")
+        _require(self.lr > 0, "lr", self.lr, "> 0")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "0 <= seed < 2**31")
+        accumulation = self.optimizer.accumulation
+        _require(
+            self.batch_size % accumulation == 0,
+            "batch_size",
+            self.batch_size,
+            f"a multiple of optimizer.accumulation, {accumulation}",
+        )
+
+
+def parse(args: Sequence[str]) -> TrainConfig:
+    """Parses the command line; presets first, then whatever overrides them.
+
+    Raises:
+        UserError: an unknown flag, preset or value, with near names.
+        SystemExit: after ``--help``.
+    """
+    args = list(args)
+    model = _preset(args, "model", MODELS, TrainConfig.model)
+    recipe = _preset(args, "recipe", RECIPES, TrainConfig.recipe)
+    default = TrainConfig(
+        model=model, recipe=recipe, llama=MODELS[model], quantization=RECIPES[recipe]
+    )
+    return parse_flags(TrainConfig, args, PROGRAM, default)
+
+
+def parse_flags(cls: type[Any], args: Sequence[str], program: str, default: Any = None) -> Any:
+    """Parses flags into a dataclass, every mistake being one line.
+
+    Raises:
+        UserError: an unknown flag, or a value that does not parse or validate.
+        SystemExit: after ``--help``.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            config, unknown = tyro.cli(
+                cls,
+                args=list(args),
+                prog=program,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+                use_underscores=True,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{_first_paragraph(messages.getvalue())}; see {program} --help") from None
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag, _flags(cls, default), n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"unknown argument {unknown[0]!r}; {hint}see {program} --help")
+    return config
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as nested dictionaries of plain values, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names the fields in which two configurations differ, as "field (old, now new)"."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b and not (isinstance(a, list | tuple) and list(a) == list(b or ())):
+            found.append(f"{prefix}{key} ({a}, now {b})")
+    return found
+
+
+def _preset(args: list[str], name: str, known: dict[str, Any], default: str) -> str:
+    """The value of --name in ``args``, checked; presets have to be known before the rest."""
+    value = default
+    for i, arg in enumerate(args):
+        if arg == f"--{name}" and i + 1 < len(args):
+            value = args[i + 1]
+        elif arg.startswith(f"--{name}="):
+            value = arg.split("=", 1)[1]
+    _require_known(name, value, known)
+    return value
+
+
+def _flags(cls: type[Any], default: Any) -> list[str]:
+    """Every flag that the dataclass has, from the parser's own help."""
+    text = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
+        parse_help(cls, default)
+    return sorted({word.strip(",│") for word in text.getvalue().split() if word.startswith("--")})
+
+
+def parse_help(cls: type[Any], default: Any) -> None:
+    """Prints the help text and raises SystemExit."""
+    tyro.cli(
+        cls,
+        args=["--help"],
+        default=tyro.MISSING_NONPROP if default is None else default,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+        use_underscores=True,
+    )
+
+
+def _first_paragraph(box: str) -> str:
+    """The sentence in a framed message: its lines up to the first rule, without the frame."""
+    words: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯ ")
+        if not text.strip("─"):
+            break
+        words.append(text)
+    return " ".join(words) or "the command line could not be read"
+
+
+def report_error(error: UserError) -> int:
+    """Prints the one line of a mistake on stderr; returns the exit status, 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def default_run_dir(config: TrainConfig, stamp: str) -> Path:
+    """Where a run goes that names no place: runs/MODEL-RECIPE-STAMP."""
+    return Path("runs") / f"{config.model}-{config.recipe}-{stamp}"

@@ -1,0 +1,141 @@
+"""Pure functions of training: initial state, train step, evaluation, quantisation health."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from jfp4.models.llama import Llama
+from jfp4.nn import Linear
+from train.config import TrainConfig
+from train.optimizer import make_optimizer, schedule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from step to step, and all that a checkpoint holds.
+
+    The batch of a step is a function of (seed, step), and nothing else is drawn at random after
+    the start; so ``step`` is the data position and the state of every random number.
+    """
+
+    step: Int32[Array, ""]
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+class Trainer:
+    """The functions of a configuration, ready to be compiled; holds no arrays."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.optimizer = make_optimizer(config)
+        self.schedule = schedule(config)
+        model = nnx.eval_shape(self._model)
+        self.graph, _, _ = nnx.split(model, nnx.Param, ...)
+
+    def _model(self) -> Llama:
+        c = self.config
+        return Llama(c.llama, c.quantization, rngs=nnx.Rngs(c.seed))
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        _, params, stats = nnx.split(self._model(), nnx.Param, ...)
+        return TrainState(jnp.int32(0), params, stats, self.optimizer.init(params))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state, without making it."""
+        return jax.eval_shape(self.init)
+
+    def batch_shape(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a batch: the inputs and, one later, their targets."""
+        return jax.ShapeDtypeStruct((self.config.batch_size, self.config.seq_len + 1), jnp.int32)
+
+    def step(
+        self, state: TrainState, batch: Int32[Array, "b s1"]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step.
+
+        A gradient with a NaN or an infinity changes nothing but ``step`` and the counts of what
+        was skipped.
+
+        Returns:
+            The next state, and the scalars ``loss`` (mean nats a token), ``grad_norm`` (before
+            clipping), ``lr``, ``skipped`` (in all) and ``skipped_in_a_row``.
+        """
+        loss, stats, grads = self._gradient(state, batch)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        finite = opt_state.last_finite
+        stats = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stats, state.stats)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            # The schedule counts the steps that were taken.
+            "lr": self.schedule(state.step - state.opt_state.total_notfinite),
+            "skipped": opt_state.total_notfinite,
+            "skipped_in_a_row": opt_state.notfinite_count,
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+    def _gradient(self, state: TrainState, batch: Array) -> tuple[Array, Any, Any]:
+        """Loss, new statistics and gradient, averaged over the microbatches."""
+
+        def loss_of(params: Any, stats: Any, tokens: Array) -> tuple[Array, Any]:
+            model = nnx.merge(self.graph, params, stats, copy=True)
+            loss = mean_loss(model, tokens)
+            return loss, nnx.split(model, nnx.Param, ...)[2]
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        n = self.config.optimizer.accumulation
+        if n == 1:
+            (loss, stats), grads = gradient(state.params, state.stats, batch)
+            return loss, stats, grads
+
+        def accumulate(carry: Any, tokens: Array) -> tuple[Any, None]:
+            loss, stats, grads = carry
+            (new_loss, stats), new = gradient(state.params, stats, tokens)
+            grads = jax.tree.map(lambda total, g: total + g / n, grads, new)
+            return (loss + new_loss / n, stats, grads), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        microbatches = batch.reshape(n, -1, batch.shape[1])
+        carry, _ = jax.lax.scan(accumulate, (jnp.float32(0), state.stats, zeros), microbatches)
+        return carry
+
+    def evaluate(self, params: Any, stats: Any, batch: Int32[Array, "b s1"]) -> Float32[Array, ""]:
+        """Mean loss of a batch, in nats a token, with the recipe's own forward and its running
+        calibration.
+        """
+        model = nnx.merge(self.graph, params, stats, copy=True)
+        model.eval()
+        return mean_loss(model, batch)
+
+    def health(
+        self, params: Any, stats: Any, batch: Int32[Array, "b s1"]
+    ) -> dict[str, dict[str, Array]]:
+        """Quantisation health of every quantised layer on a batch.
+
+        Returns:
+            By layer path, then by measure (``jfp4.ops.health``), an array over stacked layers.
+        """
+        model = nnx.merge(self.graph, params, stats, copy=True)
+        model.set_attributes(Linear, monitor=True)
+        mean_loss(model, batch)
+        seen = nnx.state(model, nnx.Intermediate)
+        return {
+            ".".join(str(key) for key in path[:-1]): variable.get_value()[0]
+            for path, variable in nnx.to_flat_state(seen)
+        }
+
+
+def mean_loss(model: Llama, batch: Int32[Array, "b s1"]) -> Float32[Array, ""]:
+    """Mean cross-entropy of each next token, in nats."""
+    logits = model(batch[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
