@@ -7,6 +7,7 @@ storage and communication pack them.
 
 import dataclasses
 import functools
+import itertools
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -114,7 +115,7 @@ def round_to_format(v: Float[Array, "..."], format: str = "e2m1") -> Float[Array
     magnitude = jnp.abs(v)
     if f.bits == 4:
         rounded = jnp.zeros_like(magnitude)
-        for i, (below, above) in enumerate(zip(f.grid, f.grid[1:], strict=False)):
+        for i, (below, above) in enumerate(itertools.pairwise(f.grid)):
             middle = (below + above) / 2
             # A tie goes to the even one of codes i and i + 1.
             up = magnitude > middle if i % 2 == 0 else magnitude >= middle

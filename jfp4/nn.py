@@ -1,7 +1,7 @@
 """FP4 layers for flax.nnx models, and the conversion of an existing model."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -137,7 +137,7 @@ def convert(
     layers = [
         (path_name(path), module)
         for path, module in nnx.iter_modules(model)
-        if type(module) in (nnx.Linear, Linear)
+        if isinstance(module, nnx.Linear) and type(module) in (nnx.Linear, Linear)
     ]
     chosen = [
         layer
@@ -152,7 +152,7 @@ def convert(
             _refuse_ignored(layer)
     for layer in chosen:
         layer.__class__ = Linear
-        layer.set_recipe(recipe)
+        cast(Linear, layer).set_recipe(recipe)
     return model
 
 
@@ -164,9 +164,7 @@ def _refuse_ignored(layer: nnx.Linear) -> None:
     }
     if any(ignored.values()):
         names = ", ".join(name for name, given in ignored.items() if given)
-        raise ValueError(
-            f"{names} was given; expected the default, as a recipe decides the product"
-        )
+        raise ValueError(f"{names} was given; expected the default: the recipe sets the product")
 
 
 _DOT_GENERAL = nnx.Linear(1, 1, rngs=nnx.Rngs(0)).dot_general

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from jfp4.recipe import RECIPES, Recipe
 from train.errors import UserError
 
 PROGRAM = "python -m train.main"
+
+_FLAG_NAMES = {"llama": "model", "quantization": "recipe"}
+"""Fields whose flags have another name: --model is a preset, --model.num_layers overrides it."""
 
 
 def _require(ok: bool, name: str, value: Any, expected: str) -> None:
@@ -175,17 +179,42 @@ class TrainConfig:
 def parse(args: Sequence[str]) -> TrainConfig:
     """Parses the command line; presets first, then whatever overrides them.
 
+    With --resume the defaults are those of the run in --run_dir, so that nothing else need be
+    given again.
+
     Raises:
         UserError: an unknown flag, preset or value, with near names.
         SystemExit: after ``--help``.
     """
     args = list(args)
-    model = _preset(args, "model", MODELS, TrainConfig.model)
-    recipe = _preset(args, "recipe", RECIPES, TrainConfig.recipe)
-    default = TrainConfig(
-        model=model, recipe=recipe, llama=MODELS[model], quantization=RECIPES[recipe]
+    kept = _kept_config(args)
+    model = _value_of("model", args, kept.model)
+    recipe = _value_of("recipe", args, kept.recipe)
+    _require_known("model", model, MODELS)
+    _require_known("recipe", recipe, RECIPES)
+    default = dataclasses.replace(
+        kept,
+        model=model,
+        recipe=recipe,
+        llama=kept.llama if model == kept.model else MODELS[model],
+        quantization=kept.quantization if recipe == kept.recipe else RECIPES[recipe],
     )
-    return parse_flags(TrainConfig, args, PROGRAM, default)
+    config = parse_flags(TrainConfig, args, PROGRAM, default)
+    if config.resume and config.run_dir is None:
+        raise UserError("--resume needs to know which run: give --run_dir")
+    return config
+
+
+def _kept_config(args: list[str]) -> TrainConfig:
+    """The configuration of the run to resume, where the command line names one."""
+    run_dir = _value_of("run_dir", args, None)
+    if "--resume" not in args or run_dir is None or not (Path(run_dir) / "config.json").is_file():
+        return TrainConfig()
+    try:
+        kept = from_dict(json.loads((Path(run_dir) / "config.json").read_text())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir}/config.json is damaged ({error}); choose another") from None
+    return dataclasses.replace(kept, resume=False, plan=False)
 
 
 def parse_flags(cls: type[Any], args: Sequence[str], program: str, default: Any = None) -> Any:
@@ -224,27 +253,46 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Inverse of ``to_dict``, also after JSON made lists of tuples.
+
+    Raises:
+        TypeError: a field that there is not, or none where there should be one.
+    """
+    nested = {
+        "optimizer": OptimizerConfig,
+        "checkpoint": CheckpointConfig,
+        "log": LogConfig,
+        "llama": LlamaConfig,
+        "quantization": Recipe,
+    }
+    made = {
+        name: cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
+        for name, cls in nested.items()
+    }
+    return TrainConfig(**{**values, **made})
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Names the fields in which two configurations differ, as "field (old, now new)"."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            found += differences(a, b, f"{prefix}{_FLAG_NAMES.get(key, key)}.")
         elif a != b and not (isinstance(a, list | tuple) and list(a) == list(b or ())):
             found.append(f"{prefix}{key} ({a}, now {b})")
     return found
 
 
-def _preset(args: list[str], name: str, known: dict[str, Any], default: str) -> str:
-    """The value of --name in ``args``, checked; presets have to be known before the rest."""
+def _value_of(name: str, args: list[str], default: Any) -> Any:
+    """The value of --name in ``args``: some flags have to be known before the rest is parsed."""
     value = default
     for i, arg in enumerate(args):
         if arg == f"--{name}" and i + 1 < len(args):
             value = args[i + 1]
         elif arg.startswith(f"--{name}="):
             value = arg.split("=", 1)[1]
-    _require_known(name, value, known)
     return value
 
 

@@ -25,10 +25,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-import tyro
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train import tokenizer as tokenizer_lib
+from train.config import parse_flags, report_error
 from train.data import FORMAT_VERSION, SPLITS, Documents, Split, encode, little_endian, progress
 from train.errors import UserError
 
@@ -212,14 +212,15 @@ class _ShardWriter:
             self._file = None
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the program on `args`, or on the command line; a user's mistake exits with 2."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the program; returns the exit status: 0, or 2 after a mistake of the user's."""
     try:
-        print(prepare(tyro.cli(Config, args=args, use_underscores=True)))
+        argv = sys.argv[1:] if args is None else args
+        print(prepare(parse_flags(Config, argv, "python -m train.prepare")))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return report_error(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

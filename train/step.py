@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from jfp4.models.llama import Llama
+from jfp4.models.llama import Llama, split_params
 from jfp4.nn import Linear
 from train.config import TrainConfig
 from train.optimizer import make_optimizer, schedule
@@ -38,7 +38,7 @@ class Trainer:
         self.optimizer = make_optimizer(config)
         self.schedule = schedule(config)
         model = nnx.eval_shape(self._model)
-        self.graph, _, _ = nnx.split(model, nnx.Param, ...)
+        self.graph = split_params(model)[0]
 
     def _model(self) -> Llama:
         c = self.config
@@ -46,7 +46,7 @@ class Trainer:
 
     def init(self) -> TrainState:
         """The state before the first step."""
-        _, params, stats = nnx.split(self._model(), nnx.Param, ...)
+        _, params, stats = split_params(self._model())
         return TrainState(jnp.int32(0), params, stats, self.optimizer.init(params))
 
     def abstract_state(self) -> TrainState:
@@ -90,7 +90,7 @@ class Trainer:
         def loss_of(params: Any, stats: Any, tokens: Array) -> tuple[Array, Any]:
             model = nnx.merge(self.graph, params, stats, copy=True)
             loss = mean_loss(model, tokens)
-            return loss, nnx.split(model, nnx.Param, ...)[2]
+            return loss, split_params(model)[2]
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         n = self.config.optimizer.accumulation
@@ -110,9 +110,7 @@ class Trainer:
         return carry
 
     def evaluate(self, params: Any, stats: Any, batch: Int32[Array, "b s1"]) -> Float32[Array, ""]:
-        """Mean loss of a batch, in nats a token, with the recipe's own forward and its running
-        calibration.
-        """
+        """Mean loss of a batch, nats a token, by the recipe's forward and running calibration."""
         model = nnx.merge(self.graph, params, stats, copy=True)
         model.eval()
         return mean_loss(model, batch)

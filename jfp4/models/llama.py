@@ -65,7 +65,7 @@ class Llama(nnx.Module):
         """
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
-                f"tokens has shape {tokens.shape} and dtype {tokens.dtype}; expected integers [b, s]"
+                f"tokens is {tokens.dtype}{list(tokens.shape)}; expected [b, s] integers"
             )
         x = self.norm(self._decode(self.embed(tokens)))
         logits = self.embed.attend(x) if self.lm_head is None else self.lm_head(x)
@@ -73,7 +73,7 @@ class Llama(nnx.Module):
 
     def _decode(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         sin_cos = rotary_angles(x.shape[1], self.config.head_dim, self.config.rope_theta)
-        graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
+        graph, params, rest = split_params(self.layers)
 
         def layer(x: Array, states: tuple[Any, Any]) -> tuple[Array, Any]:
             block = nnx.merge(graph, *states)
@@ -158,6 +158,13 @@ class MLP(nnx.Module):
         y = self.gate_up_proj(x)
         y = y.reshape(*y.shape[:-1], -1, 2)
         return self.down_proj(jax.nn.silu(y[..., 0]) * y[..., 1])
+
+
+def split_params(module: nnx.Module) -> tuple[Any, Any, Any]:
+    """Splits a module into its graph, its parameters, and all other state."""
+    graph, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
+    return graph, params, rest
 
 
 def attention_implementation(config: LlamaConfig) -> Literal["xla", "cudnn"]:

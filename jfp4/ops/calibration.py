@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jfp4.ops.outliers import thresholds
@@ -40,8 +39,9 @@ def calibrate(x: Float[Array, "m k"], recipe: Recipe) -> Calibration:
     x = jax.lax.stop_gradient(x)
     lo = hi = mean = None
     if recipe.x_shift == "mean":
-        mean = resolve_shift(to_float32(x, 1)[0], 1, "mean")
-        x = x.astype(jnp.float32) - mean
+        x, _ = to_float32(x, 1)
+        mean = resolve_shift(x, 1, "mean")
+        x = x - mean
     if recipe.occ_alpha is not None:
         lo, hi = thresholds(x, recipe.occ_alpha, sample=recipe.occ_sample)
     return Calibration(lo, hi, mean)

@@ -1,5 +1,7 @@
 """Differentiable gradient estimator (DGE): arXiv 2501.17116, equations 7, 8 and 22."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
@@ -38,7 +40,7 @@ def derivative(
     grid = f.grid.astype(np.float32)
     low, width = jnp.zeros_like(magnitude), jnp.full_like(magnitude, grid[1])
     # Past the grid's last value nothing is left to enter, so its own interval is the last.
-    for g, above in zip(grid[1:], grid[2:], strict=False):
+    for g, above in itertools.pairwise(grid[1:]):
         inside = magnitude >= g
         low, width = jnp.where(inside, g, low), jnp.where(inside, above - g, width)
     distance = jnp.abs(2 * (magnitude - low) / width - 1)

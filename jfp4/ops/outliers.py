@@ -73,9 +73,9 @@ def order_statistics(
     magnitude_mask = jnp.array((1 << (bits - 1)) - 1, integer)
     keys = jnp.where(pattern < 0, pattern ^ magnitude_mask, pattern)
 
-    def narrow(step: int, found: tuple[Array, ...]) -> tuple[Array, ...]:
+    def narrow(step: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         # Bits go from the top; adding 2**(bits - 1) to the smallest integer wraps to 0, as wanted.
-        bit = jnp.left_shift(jnp.array(1, integer), (bits - 1 - step).astype(integer))
+        bit = jnp.left_shift(jnp.array(1, integer), jnp.asarray(bits - 1 - step, integer))
         trials = tuple(f + bit for f in found)
         below = tuple(jnp.sum(keys < t, dtype=jnp.int32) for t in trials)
         return tuple(

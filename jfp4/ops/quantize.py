@@ -51,7 +51,7 @@ def quantize(
     """
     f = get_format(format)
     x, axis = to_float32(x, axis)
-    offset = resolve_shift(x, axis, shift)
+    offset = None if shift is None else resolve_shift(x, axis, shift)
     if offset is not None:
         x = x - offset
     scale = scale_of(x, axis, format)
@@ -104,16 +104,14 @@ def scaled_codes(
 
 
 def resolve_shift(
-    x: Float32[Array, "..."], axis: int | None, shift: str | Float32[Array, "..."] | None
-) -> Float32[Array, "..."] | None:
+    x: Float32[Array, "..."], axis: int | None, shift: str | Float32[Array, "..."]
+) -> Float32[Array, "..."]:
     """The shift as an array of ``x``'s rank; see ``quantize``.
 
     Raises:
         ValueError: a name that is not in ``SHIFTS``, an array of another rank, or a mean over
             tokens where there is no axis to tell tokens apart.
     """
-    if shift is None:
-        return None
     if not isinstance(shift, str):
         if shift.ndim != x.ndim:
             raise ValueError(f"shift has shape {shift.shape}; expected the rank of x, {x.shape}")

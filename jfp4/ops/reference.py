@@ -311,9 +311,9 @@ def quantize(
     """Scale (and shift) a tensor onto a format and round it.
 
     codes = round_to_format((x - shift) / scale), where the difference is a correctly rounded
-    float32 operation, the quotient is `_divide`'s and the scale is that of the shifted tensor. Rounding is
-    to nearest, ties to the even code, saturating. Where the scale is NaN the codes are 0, so that
-    codes * scale is NaN all the same.
+    float32 operation, the quotient is `_divide`'s and the scale is that of the shifted tensor.
+    Rounding is to nearest, ties to the even code, saturating. Where the scale is NaN the codes are
+    0, so that codes * scale is NaN all the same.
 
     Args:
         x: array of any floating dtype; see `to_float32`.
@@ -451,9 +451,10 @@ def compensate(
 
     code = round_to_format(q(x_c) + r / scale, "e4m3"): x_c and r from `clamp_residual`, scale and
     q(x_c) from `quantize` of x_c in `fmt`, the quotient as in `quantize`, the sum one correctly
-    rounded float32 operation, E4M3 rounding to nearest, ties to even, saturating at 448. Values of every
-    4-bit format are E4M3 values, so where r is 0 the code is q(x_c) (with -0.0 become 0.0). An
-    infinity in x is not clamped, so that the scale sees it. Where the scale is NaN the codes are 0.
+rounded float32 operation, E4M3 rounding to nearest, ties to even, saturating at 448. Values of
+    every 4-bit format are E4M3 values, so where r is 0 the code is q(x_c) (with -0.0 become 0.0).
+    An infinity in x is not clamped, so that the scale sees it. Where the scale is NaN the codes
+    are 0.
 
     Args:
         x: array of any floating dtype.

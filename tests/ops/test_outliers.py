@@ -74,7 +74,7 @@ def test_thresholds_of_every_dtype(dtype, find):
 def test_thresholds_of_float64():
     x = np.random.default_rng(2).normal(size=(21, 32))
     check_thresholds(x, 0.97, None)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         check_thresholds(jnp.asarray(x), 0.97, 200)
 
 
@@ -89,7 +89,13 @@ def test_thresholds_of_every_shape(shape):
 def test_ranks_are_those_of_the_definition():
     """Of the numbers 0 to 99, 0.99 keeps 1 to 98; a whole product is not rounded up."""
     x = np.random.default_rng(4).permutation(100).astype(np.float32)
-    for alpha, lo, hi in ((0.99, 1, 98), (0.97, 3, 96), (0.985, 1, 98), (1.0, 0, 99), (0.55, 45, 54)):
+    for alpha, lo, hi in (
+        (0.99, 1, 98),
+        (0.97, 3, 96),
+        (0.985, 1, 98),
+        (1.0, 0, 99),
+        (0.55, 45, 54),
+    ):
         assert tuple(map(float, thresholds(x, alpha, sample=None))) == (lo, hi)
 
 
@@ -178,7 +184,9 @@ def test_clamp_is_the_oracles(lo, hi, wrap):
     if not np.isnan(lo + hi):
         x[1, :2] = [np.inf, -np.inf]
     got = wrap(clamp)(x, jnp.float32(lo), jnp.float32(hi))
-    for mine, oracles in zip(got, ref.clamp_residual(x, np.float32(lo), np.float32(hi)), strict=True):
+    for mine, oracles in zip(
+        got, ref.clamp_residual(x, np.float32(lo), np.float32(hi)), strict=True
+    ):
         assert mine.dtype == jnp.float32
         np.testing.assert_array_equal(mine, oracles)
 

@@ -75,7 +75,7 @@ def test_every_input_dtype(quantizer, dtype):
 def test_float64_arrays_of_jax(quantizer):
     x = np.random.default_rng(2).normal(size=(7, 12)) * 10.0 ** np.arange(-42, 42, 12)[:, None]
     x[0, 0] = 1e300
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         assert jnp.asarray(x).dtype == jnp.float64
         q = quantizer(jnp.asarray(x), axis=1)
         codes, scale, _ = ref.quantize(x, 1, "e2m1")

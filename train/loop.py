@@ -1,0 +1,222 @@
+"""The training loop: batches in, steps, reports, evaluations and checkpoints out."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.stages import Compiled
+
+from train import plot
+from train.checkpoint import Checkpoints
+from train.compare import read_metrics
+from train.config import TrainConfig
+from train.data import Corpus, batches, eval_batches
+from train.errors import UserError
+from train.metrics import ProgressLine, RunLog
+from train.plan import peak_bytes
+from train.step import Trainer, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: steps done.
+        valid_loss: the last validation loss, nats a token, or None if none was taken.
+        interrupted: whether a signal ended it before its last step.
+    """
+
+    step: int
+    valid_loss: float | None
+    interrupted: bool
+
+
+def train(
+    config: TrainConfig, run_dir: Path, corpus: Corpus, trainer: Trainer, step_fn: Compiled
+) -> Outcome:
+    """Runs from the newest checkpoint, or the start, to the last step or a signal.
+
+    Args:
+        config: the run's configuration.
+        run_dir: an existing directory that is this run's.
+        corpus: tokens to train on and to evaluate with.
+        trainer: the functions of ``config``.
+        step_fn: ``trainer.step``, compiled, its state donated.
+
+    Raises:
+        UserError: the gradient was not finite too often in a row, or a checkpoint does not fit.
+        OSError: something could not be written.
+    """
+    checkpoints = Checkpoints(run_dir, config.checkpoint)
+    start = checkpoints.latest() or 0
+    state = (
+        checkpoints.restore(start, trainer.abstract_state()) if start else jax.jit(trainer.init)()
+    )
+    log, line = RunLog(run_dir, start), ProgressLine(config.steps, start)
+    try:
+        return _Run(config, run_dir, corpus, trainer, checkpoints, log, line).go(state, step_fn)
+    finally:
+        line.close()
+        log.close()
+        checkpoints.close()
+
+
+class _Run:
+    """The parts of a run that its loop puts together."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        corpus: Corpus,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        log: RunLog,
+        line: ProgressLine,
+    ) -> None:
+        self.config, self.run_dir, self.corpus = config, run_dir, corpus
+        self.checkpoints, self.log, self.line = checkpoints, log, line
+        self.eval_fn = jax.jit(trainer.evaluate)
+        self.health_fn = jax.jit(trainer.health)
+        self.valid_loss: float | None = None
+
+    def go(self, state: TrainState, step_fn: Compiled) -> Outcome:
+        c = self.config
+        step = int(state.step)
+        pending: list[tuple[int, dict[str, Any]]] = []
+        data = batches(
+            self.corpus.train,
+            seq_len=c.seq_len,
+            batch_size=c.batch_size,
+            seed=c.seed,
+            start_step=step,
+        )
+        clock = time.perf_counter()
+        with _interrupts() as interrupted:
+            while step < c.steps and not interrupted:
+                batch = next(data)
+                state, metrics = step_fn(state, batch)
+                step += 1
+                pending.append((step, metrics))
+                evaluate = step % c.eval_every == 0 or step == c.steps
+                save = step % c.checkpoint.every == 0 or step == c.steps
+                measure = self._measures_health(step)
+                if evaluate or save or measure or step % c.log.every == 0:
+                    clock = self._report(pending, clock, state if evaluate else None)
+                    pending = []
+                if measure:
+                    self.log.health(step, jax.device_get(self._health(state, batch)))
+                if save:
+                    self.checkpoints.save(step, state)
+                if evaluate or save or measure:
+                    self.log.flush()
+                    clock = time.perf_counter()  # a step's time is the step's alone
+            stopped = bool(interrupted) and step < c.steps
+            self._report(pending, clock, None)
+            if stopped:
+                self.line.say(f"interrupted: saving step {step}")
+                self.checkpoints.save(step, state)
+            self.checkpoints.wait()
+        self.log.flush()
+        self._plot()
+        return Outcome(step, self.valid_loss, stopped)
+
+    def _report(
+        self, pending: list[tuple[int, dict[str, Any]]], clock: float, evaluated: TrainState | None
+    ) -> float:
+        """Reads the metrics of the steps since the last report, and writes them.
+
+        Returns:
+            The time from which the next report's speed counts.
+        """
+        if not pending:
+            return clock
+        c = self.config
+        values = jax.device_get([metrics for _, metrics in pending])
+        now = time.perf_counter()
+        a_step = c.batch_size * c.seq_len
+        speed = len(pending) * a_step / (now - clock)
+        last = pending[-1][0]
+        if evaluated is not None:
+            self.valid_loss = self._evaluate(evaluated)
+        for (step, _), value in zip(pending, values, strict=True):
+            line: dict[str, Any] = {
+                "step": step,
+                "loss": float(value["loss"]),
+                "tokens": step * a_step,
+                "tokens_per_s": round(speed, 1),
+                "grad_norm": float(value["grad_norm"]),
+                "lr": float(value["lr"]),
+                "skipped": int(value["skipped"]),
+            }
+            if step == last and evaluated is not None:
+                line["valid_loss"] = self.valid_loss
+            if step == c.steps:
+                line["peak_bytes"] = peak_bytes()
+            self.log.step(line)
+        self.line.report(last, line["loss"], speed, (c.steps - last) * a_step / speed)
+        if evaluated is not None:
+            self.line.say(f"step {last}/{c.steps}  validation loss {self.valid_loss:.4f}")
+            self.log.flush()
+            self._plot()
+        self._check_skipped(max(int(value["skipped_in_a_row"]) for value in values), last)
+        return now
+
+    def _check_skipped(self, in_a_row: int, step: int) -> None:
+        if in_a_row >= self.config.optimizer.max_skipped:
+            self.log.flush()
+            raise UserError(
+                f"the gradient was not finite for {in_a_row} steps in a row, up to step {step}; "
+                "the parameters of the last finite step are kept: lower --lr, or look at "
+                f"{self.run_dir / 'health.jsonl'}"
+            )
+
+    def _evaluate(self, state: TrainState) -> float:
+        c = self.config
+        losses = [
+            self.eval_fn(state.params, state.stats, batch)
+            for batch in eval_batches(
+                self.corpus.valid,
+                seq_len=c.seq_len,
+                batch_size=c.batch_size,
+                max_batches=c.eval_batches,
+            )
+        ]
+        return float(np.mean(jax.device_get(losses), dtype=np.float64))
+
+    def _measures_health(self, step: int) -> bool:
+        every = self.config.log.health_every
+        return self.config.quantization.quantizes and every > 0 and step % every == 0
+
+    def _health(self, state: TrainState, batch: Any) -> Any:
+        return self.health_fn(state.params, state.stats, batch)
+
+    def _plot(self) -> None:
+        plot.save_loss_plot(
+            self.run_dir / "loss.png", {self.run_dir.name: read_metrics(self.run_dir)}
+        )
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM arrives; a second one ends the process."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            signal.default_int_handler(number, frame)
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

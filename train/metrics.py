@@ -1,0 +1,108 @@
+"""What a run reports: metrics.jsonl, health.jsonl, TensorBoard events, and the progress line."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tensorboardX import SummaryWriter
+
+METRICS, HEALTH = "metrics.jsonl", "health.jsonl"
+
+
+class RunLog:
+    """Writers of a run directory; of a resumed run, what was written after its checkpoint goes."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self._metrics = _open_at(run_dir / METRICS, start_step)
+        self._health = _open_at(run_dir / HEALTH, start_step)
+        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Writes the metrics of a step; ``line`` holds "step" and scalars."""
+        _write(self._metrics, line)
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._events.add_scalar(f"train/{name}", value, line["step"])
+
+    def health(self, step: int, measures: dict[str, dict[str, Any]]) -> None:
+        """Writes quantisation health: a line a layer, stacked layers numbered after the path."""
+        for path, values in sorted(measures.items()):
+            layers = {name: value.reshape(-1).tolist() for name, value in values.items()}
+            for i in range(len(next(iter(layers.values())))):
+                line = {name: value[i] for name, value in sorted(layers.items())}
+                _write(self._health, {"step": step, "path": path, "layer": i, **line})
+                for name, value in line.items():
+                    self._events.add_scalar(f"health/{path}.{i}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Hands everything written so far to the operating system."""
+        for file in (self._metrics, self._health):
+            file.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._metrics, self._health, self._events):
+            file.close()
+
+
+def _open_at(path: Path, start_step: int) -> TextIO:
+    """Opens a log for appending after dropping what is later than ``start_step`` or torn."""
+    kept = []
+    if start_step > 0 and path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= start_step:
+                kept.append(line)
+    path.write_text("".join(kept))
+    return path.open("a")
+
+
+def _write(file: TextIO, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+
+
+class ProgressLine:
+    """A live line on a terminal; elsewhere a plain line at each report, at most one a second."""
+
+    def __init__(self, total: int, start: int) -> None:
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("", total=total, completed=start, text="")
+        self._total = total
+
+    def report(self, step: int, loss: float, tokens_per_s: float, seconds_left: float) -> None:
+        """Shows where the run is: loss in nats a token, time left in seconds."""
+        left = _clock(seconds_left)
+        text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {left} left"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=text)
+        else:
+            self.say(f"step {step}/{self._total}  {text}")
+
+    def say(self, message: str) -> None:
+        """Prints a line above the live one."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the last state standing."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,121 @@
+"""The run directory: what it is of, and whether a run may begin or go on in it."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from train.config import TrainConfig, differences, to_dict
+from train.errors import UserError
+
+CONFIG = "config.json"
+PACKAGES = ("jfp4", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+FREE = ("resume", "plan", "run_dir", "data", "tokenizer", "eval_every", "eval_batches", "log",
+        "checkpoint")  # fmt: skip
+"""Fields that may change when a run goes on: they change no parameter (data goes by content)."""
+
+
+def check(run_dir: Path, config: TrainConfig) -> None:
+    """Refuses a directory in which this run must not write; writes nothing.
+
+    Raises:
+        UserError: it holds another run, or this one without ``resume``; or there is nothing to
+            resume.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        if config.resume:
+            raise UserError(f"{run_dir} holds no run to resume; leave --resume out to begin one")
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(f"{run_dir} is in use and holds no run; choose another --run_dir")
+        return
+    found = differences(_identity(read(run_dir)["config"]), _identity(to_dict(config)))
+    if found:
+        raise UserError(
+            f"{run_dir} holds a run with another configuration: {', '.join(found)}; choose "
+            "another --run_dir, or give the same flags"
+        )
+    if not config.resume:
+        raise UserError(f"{run_dir} holds this run already; add --resume, or choose another")
+
+
+def check_data(run_dir: Path, fingerprint: str) -> None:
+    """Refuses to go on with other text than the run began with.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    if (run_dir / CONFIG).is_file() and read(run_dir)["data_fingerprint"] != fingerprint:
+        raise UserError(
+            f"{run_dir} began with other data or another tokenizer (their fingerprints differ); "
+            "give the same --data"
+        )
+
+
+def check_space(run_dir: Path, needed: int) -> None:
+    """Refuses to begin where the checkpoints would not fit.
+
+    Args:
+        run_dir: the run directory, which need not exist.
+        needed: bytes.
+
+    Raises:
+        UserError: its disk has less free.
+    """
+    place = run_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {run_dir} has {free / 2**30:.2f} GiB free and checkpoints take "
+            f"{needed / 2**30:.2f}; make room, or choose another --run_dir"
+        )
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    path = run_dir / CONFIG
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); choose another --run_dir") from None
+
+
+def write(
+    run_dir: Path, config: TrainConfig, fingerprint: str, device: str, parameters: int
+) -> None:
+    """Makes the directory and writes config.json: all settings, resolved, and all versions."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    content = {
+        "config": to_dict(config),
+        "data_fingerprint": fingerprint,
+        "parameters": parameters,
+        "device": device,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+    }
+    partial = run_dir / (CONFIG + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, run_dir / CONFIG)
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in FREE}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None
