@@ -83,13 +83,13 @@ class CheckpointConfig:
     """When the run is saved."""
 
     every: int = 200
-    """Steps between saves; the last step and an interrupt save as well."""
+    """Steps between saves; the last step and an interrupt save as well. 0: only an interrupt."""
 
     keep: int = 2
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:  # noqa: D105
-        _require(self.every >= 1, "checkpoint.every", self.every, ">= 1")
+        _require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
 
 

@@ -106,7 +106,7 @@ class _Run:
                 step += 1
                 pending.append((step, metrics))
                 evaluate = step % c.eval_every == 0 or step == c.steps
-                save = step % c.checkpoint.every == 0 or step == c.steps
+                save = self._saves(step)
                 measure = self._measures_health(step)
                 if evaluate or save or measure or step % c.log.every == 0:
                     clock = self._report(pending, clock, state if evaluate else None)
@@ -190,6 +190,10 @@ class _Run:
             )
         ]
         return float(np.mean(jax.device_get(losses), dtype=np.float64))
+
+    def _saves(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def _measures_health(self, step: int) -> bool:
         every = self.config.log.health_every

@@ -155,15 +155,18 @@ def _add_legend(figure: Figure, names: Sequence[str]) -> None:
         (Line2D([], [], color="0.3", **_SMOOTHED), "training, running\nmedian of 4% of steps"),
         (Line2D([], [], color="0.3", **_VALID), "validation"),
     ]
+    many = len(names) > 16
     legend = figure.legend(
         handles=[handle for handle, _ in entries],
         labels=[str(i) for i in range(len(entries))],
         loc="outside right upper",
         frameon=False,
-        fontsize=9 if len(names) <= 16 else 6,
+        fontsize=6 if many else 9,
     )
     # Set afterwards and as plain text: a name may start with "_" or hold "$", which labels do not
     # take literally.
     for text, (_, label) in zip(legend.get_texts(), entries, strict=True):
         text.set_parse_math(False)
-        text.set_text("\n".join(textwrap.fill(part, 26) for part in label.split("\n")))
+        text.set_text(
+            "\n".join(textwrap.fill(part, 40 if many else 26) for part in label.split("\n"))
+        )

@@ -451,7 +451,7 @@ def compensate(
 
     code = round_to_format(q(x_c) + r / scale, "e4m3"): x_c and r from `clamp_residual`, scale and
     q(x_c) from `quantize` of x_c in `fmt`, the quotient as in `quantize`, the sum one correctly
-rounded float32 operation, E4M3 rounding to nearest, ties to even, saturating at 448. Values of
+    rounded float32 operation, E4M3 rounding to nearest, ties to even, saturating at 448. Values of
     every 4-bit format are E4M3 values, so where r is 0 the code is q(x_c) (with -0.0 become 0.0).
     An infinity in x is not clamped, so that the scale sees it. Where the scale is NaN the codes
     are 0.

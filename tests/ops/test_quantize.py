@@ -241,7 +241,7 @@ def test_refuses_unknown_names_and_shifts_that_do_not_fit():
         quantize(x, 1, format="e9m9")
     with pytest.raises(ValueError, match="shift='median'"):
         quantize(x, 1, shift="median")
-    with pytest.raises(ValueError, match="shift='mean' .*axis"):
+    with pytest.raises(ValueError, match=r"shift='mean' .*axis"):
         quantize(x, None, shift="mean")
     with pytest.raises(ValueError, match=r"shift has shape \(4,\)"):
         quantize(x, 1, shift=jnp.zeros(4))

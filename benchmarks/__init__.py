@@ -1,0 +1,1 @@
+"""What is measured; results/ is written by these programs alone."""
