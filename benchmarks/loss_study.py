@@ -10,6 +10,8 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
+import queue
 import subprocess
 import sys
 import time
@@ -62,7 +64,10 @@ class Study:
     """Seeds a variant."""
 
     jobs: int = 1
-    """Runs at a time on the one device (their speed then says nothing)."""
+    """Runs at a time (on a shared device their speed says nothing)."""
+
+    gpus: int = 1
+    """GPUs that the runs are dealt to."""
 
     runs: str = "runs/loss_study"
     """Where the runs are kept."""
@@ -106,8 +111,11 @@ def main() -> int:
 def run_all(study: Study, jobs: list[Job]) -> list[dict[str, Any]]:
     """Trains what is not trained yet, ``study.jobs`` at a time; the results in order."""
     start, done = time.monotonic(), 0
+    slots: queue.Queue[int] = queue.Queue()
+    for slot in range(study.jobs):
+        slots.put(slot % study.gpus)
     with concurrent.futures.ThreadPoolExecutor(study.jobs) as pool:
-        futures = [pool.submit(run, study, job) for job in jobs]
+        futures = [pool.submit(run, study, job, slots) for job in jobs]
         for future in concurrent.futures.as_completed(futures):
             result = future.result()
             done += 1
@@ -119,7 +127,7 @@ def run_all(study: Study, jobs: list[Job]) -> list[dict[str, Any]]:
     return [future.result() for future in futures]
 
 
-def run(study: Study, job: Job) -> dict[str, Any]:
+def run(study: Study, job: Job, gpus: queue.Queue[int]) -> dict[str, Any]:
     """Trains one job in a process of its own, unless it is finished, and sums it up."""
     run_dir = Path(study.runs) / job.name
     flags = [
@@ -141,9 +149,15 @@ def run(study: Study, job: Job) -> dict[str, Any]:
     if not _finished(run_dir, study.steps):
         if run_dir.exists():
             raise UserError(f"{run_dir} was cut off; remove it, and it is trained again")
+        gpu = gpus.get()
         done = subprocess.run(
-            [sys.executable, "-m", "train.main", *flags], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-m", "train.main", *flags],
+            cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+            capture_output=True,
+            text=True,
         )
+        gpus.put(gpu)
         if done.returncode != 0 and "not finite" not in done.stderr:
             raise UserError(f"{job.name} failed: {done.stderr.strip().splitlines()[-1]}")
     return summarize(run_dir, job)
@@ -167,7 +181,9 @@ def summarize(run_dir: Path, job: Job) -> dict[str, Any]:
         "skipped": lines[-1]["skipped"],
         "grad_norm": float(np.median(norms[settled])),
         "clipped": float(np.mean(norms[settled] > clip)),
-        "curve": [float(part.mean()) for part in np.array_split(losses, min(CURVE_POINTS, len(losses)))],
+        "curve": [
+            float(part.mean()) for part in np.array_split(losses, min(CURVE_POINTS, len(losses)))
+        ],
     }
 
 

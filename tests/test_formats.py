@@ -1,5 +1,7 @@
 """Grids, rounding and packing, held to ml_dtypes and to the published grids."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -20,6 +22,7 @@ ML_DTYPES = {
 }
 EVERY_BFLOAT16 = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
 
+jitted = functools.partial(jax.jit, static_argnames="format")(round_to_format)
 eager_and_jit = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 
 
@@ -165,7 +168,7 @@ def test_narrow_inputs_are_computed_in_float32(name, dtype):
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_float32_rounds_as_the_oracle(name, bits):
     v = np.array(bits, np.uint32).view(np.float32)
-    same_bits(round_to_format(jnp.asarray(v), name), oracle(v, name))
+    same_bits(jitted(v, format=name), oracle(v, name))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -221,19 +224,18 @@ def test_packed_bits_are_those_of_float4_e2m1fn():
     np.testing.assert_array_equal(got, nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
 
 
-@eager_and_jit
 @pytest.mark.parametrize("name", FOUR_BITS)
 @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (7,), (3, 5), (2, 3, 4), (0, 3)])
-def test_pack_round_trip(name, shape, wrap):
+def test_pack_round_trip(name, shape):
     rng = np.random.default_rng(2)
     codes = rng.choice(signed_grid(name), shape)
-    packed = wrap(lambda c: pack(c, name))(codes)
+    packed = jax.jit(lambda c: pack(c, name))(codes)
     assert packed.dtype == jnp.uint8
     assert packed.shape == (*shape[:-1], (shape[-1] + 1) // 2)
     np.testing.assert_array_equal(packed, ref.pack(codes, name))
     if shape[-1] % 2:
         assert not np.any(np.asarray(packed)[..., -1] >> 4)
-    same_bits(wrap(lambda p: unpack(p, shape[-1], name))(packed).astype(jnp.float32), codes)
+    same_bits(jax.jit(lambda p: unpack(p, shape[-1], name))(packed).astype(jnp.float32), codes)
 
 
 def test_packing_refuses_what_it_cannot_hold():
