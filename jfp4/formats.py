@@ -189,7 +189,7 @@ def unpack(packed: UInt8[Array, "*b p"], n: int, format: str = "e2m1") -> Float[
     if packed.ndim == 0 or packed.shape[-1] != (n + 1) // 2:
         raise ValueError(f"packed has shape {packed.shape}; {n} codes take {(n + 1) // 2} bytes")
     bits = jnp.stack([packed & 15, packed >> 4], axis=-1)
-    return from_bits(bits.reshape(*packed.shape[:-1], -1)[..., :n], format)
+    return from_bits(bits.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :n], format)
 
 
 def _four_bit(format: str) -> Format:

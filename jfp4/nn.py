@@ -1,5 +1,6 @@
 """FP4 layers for flax.nnx models, and the conversion of an existing model."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -36,10 +37,11 @@ class Linear(nnx.Linear):
         recipe: how it is quantised.
         use_running_average: whether the running calibration is used; ``train()`` and ``eval()``
             of the model set it.
-        monitor: whether a call leaves its quantisation health as ``nnx.Intermediate``.
+        monitor: whether a call leaves its quantisation health as ``nnx.Intermediate``: ``health``,
+            a tuple of one dictionary (``jfp4.ops.health``), of the last call.
 
     Raises:
-        ValueError: an unknown recipe, or ``precision``, ``dot_general`` or
+        ValueError: an unknown recipe, or ``precision``, ``dot_general``, ``promote_dtype`` or
             ``preferred_element_type``, which a quantised product would have to ignore.
     """
 
@@ -66,11 +68,13 @@ class Linear(nnx.Linear):
         # A layer stacked under scan has leading axes, and so have its statistics.
         stack = self.kernel.shape[:-2]
         occ, mean = recipe.occ_alpha is not None, recipe.x_shift == "mean"
-        lo, hi = jnp.full(stack, -jnp.inf), jnp.full(stack, jnp.inf)
-        zeros = jnp.zeros((*stack, 1, self.in_features))
-        self.lo = CalibrationStat(lo) if occ else None
-        self.hi = CalibrationStat(hi) if occ else None
-        self.mean = CalibrationStat(zeros) if mean else None
+        # The dtype is given, or they would be weakly typed and the second call compiled anew.
+        lo, hi = (jnp.full(stack, bound, jnp.float32) for bound in (-jnp.inf, jnp.inf))
+        zeros = jnp.zeros((*stack, 1, self.in_features), jnp.float32)
+        # Said to be data even where there is none, so that another recipe may put some there.
+        self.lo = nnx.data(CalibrationStat(lo) if occ else None)
+        self.hi = nnx.data(CalibrationStat(hi) if occ else None)
+        self.mean = nnx.data(CalibrationStat(zeros) if mean else None)
 
     def __call__(self, inputs: Float[Array, "*b k"], out_sharding: Any = None) -> Array:
         """Applies the layer along the last axis: [..., in_features] to [..., out_features]."""
@@ -88,7 +92,8 @@ class Linear(nnx.Linear):
             calibration = calibrate(tokens, self.recipe)
             self._observe(calibration)
         if self.monitor:
-            self.sow(nnx.Intermediate, "health", health(tokens, kernel, self.recipe, calibration))
+            # As ``sow`` would leave it, but of this call alone: the state keeps its shape.
+            self.health = nnx.Intermediate((health(tokens, kernel, self.recipe, calibration),))
         return linear(x, kernel, self.recipe, bias=bias, calibration=calibration)
 
     def _running(self) -> Calibration:
@@ -101,8 +106,10 @@ class Linear(nnx.Linear):
         for stat, new in ((self.lo, seen.lo), (self.hi, seen.hi), (self.mean, seen.mean)):
             if stat is not None and new is not None:
                 old = stat[...]
-                # An infinite threshold has seen nothing yet: the first call replaces it.
-                stat[...] = jnp.where(jnp.isinf(old), new, MOMENTUM * old + (1 - MOMENTUM) * new)
+                # What has seen nothing yet, the first call replaces: thresholds are infinite then,
+                # and means all zero.
+                unseen = jnp.all(old == 0) if stat is self.mean else jnp.isinf(old)
+                stat[...] = jnp.where(unseen, new, MOMENTUM * old + (1 - MOMENTUM) * new)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -145,7 +152,7 @@ def convert(
         if (where(path, layer) if where else not recipe.quantizes or recipe.applies_to(path))
     ]
     if not chosen:
-        found = ", ".join(path for path, _ in layers) or "none"
+        found = ", ".join(path or "the model itself" for path, _ in layers) or "none"
         raise ValueError(f"no layer of the model was chosen; its nnx.Linear layers: {found}")
     for layer in chosen:
         if recipe.quantizes:
@@ -157,14 +164,15 @@ def convert(
 
 
 def _refuse_ignored(layer: nnx.Linear) -> None:
-    ignored = {
-        "precision": layer.precision is not None,
-        "preferred_element_type": layer.preferred_element_type is not None,
-        "dot_general": layer.dot_general is not _DOT_GENERAL,
-    }
-    if any(ignored.values()):
-        names = ", ".join(name for name, given in ignored.items() if given)
-        raise ValueError(f"{names} was given; expected the default: the recipe sets the product")
+    given = [name for name, default in _IGNORED.items() if getattr(layer, name) is not default]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} was given; expected the default: the recipe sets the product"
+        )
 
 
-_DOT_GENERAL = nnx.Linear(1, 1, rngs=nnx.Rngs(0)).dot_general
+_IGNORED = {
+    name: inspect.signature(nnx.Linear.__init__).parameters[name].default
+    for name in ("precision", "dot_general", "preferred_element_type", "promote_dtype")
+}
+"""Arguments that a quantised product would ignore, and their defaults."""

@@ -1,5 +1,7 @@
 """What a QTensor says of itself."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,14 @@ from jfp4.ops import reference as ref
 from jfp4.ops.quantize import quantize
 from jfp4.qtensor import QTensor
 
+quantized = functools.partial(jax.jit, static_argnames=("axis", "format", "shift"))(quantize)
 X = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32) + 1
 
 
 @pytest.mark.parametrize("shift", [None, "midrange", "mean"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dequantize_is_codes_times_scale_plus_shift(shift, dtype):
-    q = quantize(X, 1, shift=shift)
+    q = quantized(X, 1, shift=shift)
     value = q.dequantize(dtype)
     assert value.dtype == dtype and value.shape == q.shape == (5, 7) and q.ndim == 2
     codes, scale = np.asarray(q.codes, np.float64), np.asarray(q.scale)
@@ -27,7 +30,7 @@ def test_dequantize_is_codes_times_scale_plus_shift(shift, dtype):
 
 
 def test_dequantize_without_shift_is_one_rounding():
-    q = quantize(X, 1)
+    q = quantized(X, 1)
     codes, scale, _ = ref.quantize(X, 1, "e2m1")
     np.testing.assert_array_equal(q.dequantize(), codes.astype(np.float32) * scale)
 
@@ -35,23 +38,23 @@ def test_dequantize_without_shift_is_one_rounding():
 @pytest.mark.parametrize("axis", [0, 1, None])
 @pytest.mark.parametrize("shift", [None, "midrange"])
 def test_transpose(axis, shift):
-    q = quantize(X, axis, shift=shift)
+    q = quantized(X, axis, shift=shift)
     assert q.T.shape == (7, 5)
     assert q.T.axis == (None if axis is None else 1 - axis)
     assert q.T.format == q.format and (q.T.shift is None) == (shift is None)
     np.testing.assert_array_equal(q.T.dequantize(), q.dequantize().T)
     np.testing.assert_array_equal(q.T.T.scale, q.scale)
-    again = quantize(X.T, q.T.axis, shift=shift)
+    again = quantized(X.T, q.T.axis, shift=shift)
     np.testing.assert_array_equal(again.scale, q.T.scale)
 
 
 def test_transpose_reverses_three_axes():
-    q = quantize(np.ones((2, 3, 4), np.float32), 2)
+    q = quantized(np.ones((2, 3, 4), np.float32), 2)
     assert q.T.shape == (4, 3, 2) and q.T.axis == 0 and q.T.scale.shape == (1, 3, 2)
 
 
 def test_unscaled_keeps_only_the_codes():
-    u = quantize(X, 1, shift="midrange").unscaled()
+    u = quantized(X, 1, shift="midrange").unscaled()
     assert u.axis is None and u.shift is None and u.scale.shape == (1, 1)
     np.testing.assert_array_equal(u.dequantize(), u.codes.astype(jnp.float32))
 
@@ -61,13 +64,13 @@ def test_unscaled_keeps_only_the_codes():
     [("e2m1", False, 35), ("e2m1", True, 18), ("e4m3", False, 35), ("e4m3", True, 35)],
 )
 def test_nbytes(format, packed, codes):
-    assert quantize(X, 1, format=format).nbytes(packed=packed) == codes + 4 * 5
-    shifted = quantize(X, 1, format=format, shift="mean")
+    assert quantized(X, 1, format=format).nbytes(packed=packed) == codes + 4 * 5
+    shifted = quantized(X, 1, format=format, shift="mean")
     assert shifted.nbytes(packed=packed) == codes + 4 * 5 + 4 * 7
 
 
 def test_is_a_pytree_with_static_format_and_axis():
-    q = quantize(X, -1)
+    q = quantized(X, -1)
     assert q.axis == 1
     assert [leaf.dtype for leaf in jax.tree.leaves(q)] == [jnp.float8_e4m3fn, jnp.float32]
     same = jax.jit(lambda t: t)(q)

@@ -1,6 +1,12 @@
 """Checkpoints: the train state by orbax, asynchronously, the newest few kept."""
 
+import contextlib
+import errno
 import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +27,12 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        # Orbax reports every step of its own at INFO and each option left out at WARNING.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports every step of its own, and as a traceback each error that it raises too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._manager = ocp.CheckpointManager(
             (run_dir / "checkpoints").absolute(),
+            # Named here, or metadata could be read only after this manager's first save.
+            item_handlers=ocp.StandardCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep, enable_async_checkpointing=True
             ),
@@ -44,7 +52,11 @@ class Checkpoints:
             return
         # The next step reuses the state's memory while orbax still writes: save a copy of it.
         arrays = {name: np.array(leaf) for name, leaf in _named_leaves(state).items()}
-        self._manager.save(step, args=ocp.args.StandardSave(arrays))
+        self.wait()
+        if shutil.disk_usage(self._manager.directory).free < sum(a.nbytes for a in arrays.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # cleaner than half a save
+        with _os_errors():
+            self._manager.save(step, args=ocp.args.StandardSave(arrays))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads a checkpoint into the shapes and dtypes of ``abstract``.
@@ -53,8 +65,8 @@ class Checkpoints:
             UserError: it is of another model; what differs is named.
         """
         wanted = _named_leaves(abstract)
-        kept = self._manager.item_metadata(step)
-        shapes = {name: tuple(leaf.shape) for name, leaf in dict(kept or {}).items()}
+        kept = self._manager.item_metadata(step).tree
+        shapes = {name: tuple(leaf.shape) for name, leaf in kept.items()}
         for name, leaf in wanted.items():
             if shapes.get(name) != tuple(leaf.shape):
                 raise UserError(
@@ -78,11 +90,29 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        self._manager.wait_until_finished()
+        with _os_errors():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of threads and files."""
-        self._manager.close()
+        """Waits, and lets go of threads and files.
+
+        Raises:
+            OSError: the last save could not be written.
+        """
+        with _os_errors():
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raises an operating system's error as OSError, where tensorstore makes it a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _named_leaves(state: TrainState) -> dict[str, Any]:

@@ -148,10 +148,10 @@ class TrainConfig:
     eval_batches: int = 16
     """Most validation batches an evaluation takes, always the same ones."""
 
-    resume: bool = False
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the last checkpoint in run_dir."""
 
-    plan: bool = False
+    plan: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only say what memory the run takes; exit 0 if it fits the device, 2 if not."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -163,6 +163,7 @@ class TrainConfig:
     def __post_init__(self) -> None:  # noqa: D105
         _require_known("model", self.model, MODELS)
         _require_known("recipe", self.recipe, RECIPES)
+        _require(self.data != "", "data", "''", '"pystdlib" or a path')
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")
         _require(self.lr > 0, "lr", self.lr, "> 0")
@@ -232,7 +233,7 @@ def parse_flags(cls: type[Any], args: Sequence[str], program: str, default: Any 
                 args=list(args),
                 prog=program,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+                config=(tyro.conf.AvoidSubcommands,),
                 use_underscores=True,
                 return_unknown_args=True,
             )
@@ -289,10 +290,13 @@ def _value_of(name: str, args: list[str], default: Any) -> Any:
     """The value of --name in ``args``: some flags have to be known before the rest is parsed."""
     value = default
     for i, arg in enumerate(args):
-        if arg == f"--{name}" and i + 1 < len(args):
+        flag, equals, given = arg.partition("=")
+        if flag.replace("-", "_") != f"__{name}":  # --run-dir is --run_dir to the parser
+            continue
+        if equals:
+            value = given
+        elif i + 1 < len(args):
             value = args[i + 1]
-        elif arg.startswith(f"--{name}="):
-            value = arg.split("=", 1)[1]
     return value
 
 
@@ -310,7 +314,7 @@ def parse_help(cls: type[Any], default: Any) -> None:
         cls,
         args=["--help"],
         default=tyro.MISSING_NONPROP if default is None else default,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+        config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
     )
 

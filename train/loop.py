@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +54,19 @@ def train(
         UserError: the gradient was not finite too often in a row, or a checkpoint does not fit.
         OSError: something could not be written.
     """
-    checkpoints = Checkpoints(run_dir, config.checkpoint)
-    start = checkpoints.latest() or 0
-    state = (
-        checkpoints.restore(start, trainer.abstract_state()) if start else jax.jit(trainer.init)()
-    )
-    log, line = RunLog(run_dir, start), ProgressLine(config.steps, start)
-    try:
-        return _Run(config, run_dir, corpus, trainer, checkpoints, log, line).go(state, step_fn)
-    finally:
-        line.close()
-        log.close()
-        checkpoints.close()
+    with closing(Checkpoints(run_dir, config.checkpoint)) as checkpoints:
+        start = checkpoints.latest() or 0
+        state = (
+            checkpoints.restore(start, trainer.abstract_state())
+            if start
+            else jax.jit(trainer.init)()
+        )
+        with (
+            closing(RunLog(run_dir, start)) as log,
+            closing(ProgressLine(config.steps, start)) as line,
+        ):
+            run = _Run(config, run_dir, corpus, trainer, checkpoints, log, line)
+            return run.go(state, step_fn)
 
 
 class _Run:
@@ -113,19 +114,21 @@ class _Run:
                     pending = []
                 if measure:
                     self.log.health(step, jax.device_get(self._health(state, batch)))
+                if evaluate or save or measure:
+                    self.log.flush()  # before the save: a checkpoint without its lines loses them
                 if save:
                     self.checkpoints.save(step, state)
                 if evaluate or save or measure:
-                    self.log.flush()
                     clock = time.perf_counter()  # a step's time is the step's alone
             stopped = bool(interrupted) and step < c.steps
             self._report(pending, clock, None)
+            self.log.flush()
             if stopped:
                 self.line.say(f"interrupted: saving step {step}")
                 self.checkpoints.save(step, state)
             self.checkpoints.wait()
-        self.log.flush()
-        self._plot()
+        if step:
+            self._plot()
         return Outcome(step, self.valid_loss, stopped)
 
     def _report(

@@ -69,6 +69,8 @@ def run(config: TrainConfig) -> int:
         ) from error
     if outcome.interrupted:
         print(f"saved step {outcome.step}; go on with {PROGRAM} --run_dir={run_dir} --resume")
+    elif outcome.valid_loss is None:
+        print(f"done already, at step {outcome.step}; see {run_dir}/loss.png")
     else:
         print(
             f"done: validation loss {outcome.valid_loss:.4f} nats a token; see {run_dir}/loss.png"

@@ -1,13 +1,17 @@
 """What a run reports: metrics.jsonl, health.jsonl, TensorBoard events, and the progress line."""
 
+import contextlib
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 METRICS, HEALTH = "metrics.jsonl", "health.jsonl"
 
@@ -16,16 +20,22 @@ class RunLog:
     """Writers of a run directory; of a resumed run, what was written after its checkpoint goes."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        self._metrics = _open_at(run_dir / METRICS, start_step)
-        self._health = _open_at(run_dir / HEALTH, start_step)
-        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._open = contextlib.ExitStack()
+        self._metrics = self._open.enter_context(_open_at(run_dir / METRICS, start_step))
+        self._health = self._open.enter_context(_open_at(run_dir / HEALTH, start_step))
+        (run_dir / "tensorboard").mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies of a full disk, and then whoever writes waits for ever.
+        prefix = str(run_dir / "tensorboard" / "events")
+        self._events = EventsWriter(prefix, filename_suffix=f".{start_step}")
+        self._open.enter_context(contextlib.closing(self._events))
+        self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def step(self, line: dict[str, Any]) -> None:
         """Writes the metrics of a step; ``line`` holds "step" and scalars."""
         _write(self._metrics, line)
         for name, value in line.items():
             if name != "step" and value is not None:
-                self._events.add_scalar(f"train/{name}", value, line["step"])
+                self._event(line["step"], summary=scalar(f"train/{name}", value))
 
     def health(self, step: int, measures: dict[str, dict[str, Any]]) -> None:
         """Writes quantisation health: a line a layer, stacked layers numbered after the path."""
@@ -35,7 +45,7 @@ class RunLog:
                 line = {name: value[i] for name, value in sorted(layers.items())}
                 _write(self._health, {"step": step, "path": path, "layer": i, **line})
                 for name, value in line.items():
-                    self._events.add_scalar(f"health/{path}.{i}/{name}", value, step)
+                    self._event(step, summary=scalar(f"health/{path}.{i}/{name}", value))
 
     def flush(self) -> None:
         """Hands everything written so far to the operating system."""
@@ -45,19 +55,23 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._metrics, self._health, self._events):
-            file.close()
+        self._open.close()
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def _open_at(path: Path, start_step: int) -> TextIO:
     """Opens a log for appending after dropping what is later than ``start_step`` or torn."""
-    kept = []
-    if start_step > 0 and path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= start_step:
-                kept.append(line)
-    path.write_text("".join(kept))
-    return path.open("a")
+    file = path.open("a+")
+    file.seek(0)
+    kept = 0
+    for line in file:
+        if not line.endswith("\n") or json.loads(line)["step"] > start_step:
+            break
+        kept += len(line.encode())
+    file.truncate(kept)
+    return file
 
 
 def _write(file: TextIO, line: dict[str, Any]) -> None:

@@ -81,13 +81,14 @@ def read(run_dir: Path) -> dict[str, Any]:
     """Reads config.json.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: it is not one that ``write`` wrote.
     """
     path = run_dir / CONFIG
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); choose another --run_dir") from None
+        content = json.loads(path.read_text())
+        return {name: content[name] for name in ("config", "data_fingerprint")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); choose another --run_dir") from None
 
 
 def write(

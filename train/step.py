@@ -75,7 +75,7 @@ class Trainer:
         stats = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stats, state.stats)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             # The schedule counts the steps that were taken.
             "lr": self.schedule(state.step - state.opt_state.total_notfinite),
             "skipped": opt_state.total_notfinite,

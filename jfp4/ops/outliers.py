@@ -134,7 +134,9 @@ def quantize_compensated(
     x, axis = to_float32(x, axis)
     clamped, residual = clamp(x, lo, hi)
     scale = scale_of(clamped, axis, format)
-    codes = scaled_codes(clamped, scale, format) + flush(residual) * (1 / scale)
+    # The outer flush also keeps the compiler from fusing product and sum into one rounding.
+    outlier = flush(flush(residual) * (1 / scale))
+    codes = scaled_codes(clamped, scale, format) + outlier
     codes = round_to_format(codes, carrier.name)
     codes = jnp.where(jnp.isnan(codes), np.float32(0), codes)
     return QTensor(codes.astype(carrier.dtype), scale, None, carrier.name, axis)

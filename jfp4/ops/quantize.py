@@ -119,7 +119,8 @@ def resolve_shift(
     if shift == "midrange":
         high = jnp.max(x, axis=axis, keepdims=True)
         low = jnp.min(x, axis=axis, keepdims=True)
-        return flush(high * 0.5 + low * 0.5)  # halved first: the sum may overflow
+        # Halved first, since the sum may overflow; flushed, so that no compiler fuses the steps.
+        return flush(flush(high * 0.5) + flush(low * 0.5))
     if shift == "mean":
         if axis is None:
             raise ValueError("shift='mean' needs the contraction axis; axis is None")

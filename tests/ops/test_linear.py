@@ -384,12 +384,10 @@ def test_save_codes_recomputes_neither_quantiser_nor_product():
 
 
 def test_eager_is_jit():
-    recipe = SWITCHES["both midranges"]
-    y, vjp = jax.vjp(lambda x, w: linear(x, w, recipe), X, W)
-    compiled = run(X, W, DY, recipe=recipe)
-    magnitudes = terms(X, W, DY, oracle_config(recipe))
-    for got, expected, bound in zip((y, *vjp(DY)), compiled, magnitudes, strict=False):
-        close(got, expected, SLOPE, 2 * (K + 4) * U * bound)
+    y, vjp = jax.vjp(lambda x: linear(x, W, CAST), X)
+    compiled = run(X, W, DY, recipe=CAST)
+    np.testing.assert_array_equal(y, compiled[0])
+    np.testing.assert_array_equal(vjp(DY)[0], compiled[1])
 
 
 def test_vmap_is_a_loop():

@@ -1,0 +1,186 @@
+"""Flags to configuration, mistakes to one line, and back from config.json."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from jfp4.models.config import MODELS
+from jfp4.recipe import RECIPES
+from train import rundir
+from train.config import (
+    OptimizerConfig,
+    TrainConfig,
+    default_run_dir,
+    differences,
+    from_dict,
+    parse,
+    report_error,
+    to_dict,
+)
+from train.errors import UserError
+
+
+def test_no_flags_give_the_defaults():
+    assert parse([]) == TrainConfig()
+
+
+def test_presets_come_first_whatever_the_order():
+    config = parse(["--model.num_layers=3", "--recipe.dge_k=7", "--model=llama1b", "--recipe=fp4"])
+    assert config.llama == dataclasses.replace(MODELS["llama1b"], num_layers=3)
+    assert config.quantization == dataclasses.replace(RECIPES["fp4"], dge_k=7.0)
+    assert parse(["--recipe", "bf16"]).quantization == RECIPES["bf16"]
+
+
+def test_values_may_follow_a_space_and_hyphens_do():
+    config = parse(["--batch-size", "4", "--optimizer.clip-norm=None", "--model", "llama60m"])
+    assert (config.batch_size, config.optimizer.clip_norm) == (4, None)
+    assert config.llama == MODELS["llama60m"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_json_brings_a_configuration_back(model, recipe):
+    config = parse([f"--model={model}", f"--recipe={recipe}", "--optimizer.clip_norm=None"])
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model=llama6m"], "model='llama6m' is unknown; did you mean llama60m or llama5m?"),
+        (["--model=gpt"], f"model='gpt' is unknown; there are {', '.join(MODELS)}"),
+        (["--recipe=fp44"], "recipe='fp44' is unknown; did you mean fp4 or fp8? there are bf16"),
+        (["--stps=3"], "unknown argument '--stps=3'; did you mean --steps? see python -m"),
+        (["--model.layers=3"], "unknown argument '--model.layers=3'; did you mean --model."),
+        (["extra"], "unknown argument 'extra'; see python -m train.main --help"),
+        (["--steps=many"], "--steps: invalid literal for int() with base 10: 'many'"),
+        (["--lr"], "Missing value for argument '--lr'"),
+        (["--model.dtype=float16"], "Expected one of ('bfloat16', 'float32')"),
+        (["--recipe.x_format=e9m9"], "invalid choice 'e9m9' for argument '--recipe.x_format'"),
+        (["--model.num_heads=3"], "embed_dim=256 and num_heads=3; expected an even number"),
+        (["--recipe.w_format=e4m3"], "the estimator is for 4-bit weights: set dge_k to None"),
+        (["--batch_size=3", "--optimizer.accumulation=2"], "a multiple of optimizer.accumulation"),
+        (["--resume"], "--resume needs to know which run: give --run_dir"),
+        (["--data="], "data=''; expected \"pystdlib\" or a path"),
+        (["--steps=0"], "steps=0; expected a positive number"),
+        (["--seq_len=-1"], "seq_len=-1; expected a positive number"),
+        (["--eval_every=0"], "eval_every=0; expected"),
+        (["--eval_batches=0"], "eval_batches=0; expected"),
+        (["--lr=0"], "lr=0.0; expected > 0"),
+        (["--lr=nan"], "lr=nan; expected > 0"),
+        (["--seed=-1"], "seed=-1; expected 0 <= seed < 2**31"),
+        (["--optimizer.warmup=1.5"], "optimizer.warmup=1.5; expected a share"),
+        (["--optimizer.final_lr=-1"], "optimizer.final_lr=-1.0; expected a share"),
+        (["--optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0; expected >= 0"),
+        (["--optimizer.beta1=1"], "optimizer.beta1=1.0; expected"),
+        (["--optimizer.beta2=-0.5"], "optimizer.beta2=-0.5; expected"),
+        (["--optimizer.eps=0"], "optimizer.eps=0.0; expected > 0"),
+        (["--optimizer.clip_norm=0"], "optimizer.clip_norm=0.0; expected > 0 or None"),
+        (["--optimizer.accumulation=0"], "optimizer.accumulation=0; expected >= 1"),
+        (["--optimizer.max_skipped=0"], "optimizer.max_skipped=0; expected >= 1"),
+        (["--checkpoint.every=-1"], "checkpoint.every=-1; expected >= 0"),
+        (["--checkpoint.keep=0"], "checkpoint.keep=0; expected >= 1"),
+        (["--log.every=0"], "log.every=0; expected >= 1"),
+        (["--log.health_every=-1"], "log.health_every=-1; expected >= 0"),
+    ],
+)
+def test_mistakes_say_what_and_how_to_mend_it(capsys, args, message):
+    with pytest.raises(UserError) as raised:
+        parse(args)
+    assert report_error(raised.value) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.startswith("error: ") and errors.count("\n") == 1
+    assert message in errors
+
+
+def flags_of(config, prefix=""):
+    renamed = {"llama": "model", "quantization": "recipe"}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flags_of(value, f"{renamed.get(field.name, field.name)}.")
+        else:
+            yield f"--{prefix}{field.name}"
+
+
+def test_help_explains_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    explained = {}
+    for line in output.splitlines():
+        text = line.strip("│╭╮╰╯─ ")
+        if line.startswith("│ --"):
+            entry = explained.setdefault(text.split()[0].strip(","), [])
+        elif not line.startswith("│"):
+            entry = []
+        entry.append(text)
+    assert set(explained) == set(flags_of(TrainConfig()))
+    for flag, lines in explained.items():
+        words = " ".join(lines)
+        assert "(default: " in words, flag
+        # What is left without names, types and the default is a sentence.
+        rest = re.sub(r"--\S+|\(default.*|\b[A-Z]{3,}\b|\{.*?\}", "", words)
+        assert len(re.findall(r"[a-z]+", rest)) >= 2, flag
+
+
+def test_every_field_is_given_once_and_frozen():
+    config = TrainConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 3
+    with pytest.raises(UserError, match="optimizer.eps=-1"):
+        OptimizerConfig(eps=-1)
+
+
+def test_differences_name_fields_as_flags_do():
+    old = to_dict(parse(["--recipe.skip", "a", "b"]))
+    new = to_dict(parse(["--recipe.skip", "a", "--model.mlp_dim=64", "--lr=1", "--log.every=2"]))
+    assert differences(old, json.loads(json.dumps(old))) == []
+    assert differences(old, new) == [
+        "model.mlp_dim (688, now 64)",
+        "log.every (10, now 2)",
+        f"lr ({TrainConfig().lr}, now 1.0)",
+        "recipe.skip (('a', 'b'), now ('a',))",
+    ]
+
+
+def written(run_dir, *flags):
+    rundir.write(run_dir, parse(flags), "fingerprint", "device", 1)
+    return run_dir
+
+
+def test_resume_takes_the_flags_of_the_run(tmp_path):
+    flags = ["--model=llama60m", "--recipe=fp4_cast", "--model.no_scan_layers", "--steps=7"]
+    run_dir = written(tmp_path / "run", *flags, "--recipe.skip", "a", "b")
+    config = parse([f"--run_dir={run_dir}", "--resume"])
+    expected = parse([*flags, "--recipe.skip", "a", "b"])
+    assert config == dataclasses.replace(expected, resume=True, run_dir=str(run_dir))
+    assert parse([f"--run-dir={run_dir}", "--resume"]) == config
+    # A switch away from the default stays a flag when the run's own default is the switched one.
+    assert parse([*flags, f"--run_dir={run_dir}", "--resume"]) == config
+    assert parse([f"--run_dir={run_dir}", "--resume", "--model.scan_layers"]).llama.scan_layers
+    # Another preset is that preset, not the run's fields.
+    other = parse([f"--run_dir={run_dir}", "--resume", "--model=llama5m"])
+    assert other.llama == MODELS["llama5m"] and other.steps == 7
+
+
+def test_without_resume_the_run_is_not_looked_at(tmp_path):
+    run_dir = written(tmp_path / "run", "--steps=7")
+    assert parse([f"--run_dir={run_dir}"]).steps == TrainConfig().steps
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": {"steps": 3}}', '{"config": 3}'])
+def test_a_damaged_config_is_said_to_be(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json is damaged \(.*\); choose another"):
+        parse([f"--run_dir={tmp_path}", "--resume"])
+
+
+def test_default_run_dir():
+    assert str(default_run_dir(parse(["--recipe=fp8"]), "20250102-030405")) == (
+        "runs/llama5m-fp8-20250102-030405"
+    )

@@ -1,0 +1,305 @@
+"""The program: plans, and one line for each mistake, with nothing written."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from conftest import TINY, lines_of, one_error
+
+from train import loop, metrics, prepare
+from train.checkpoint import Checkpoints
+from train.data import batches
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory."""
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def refuses(runs, elsewhere, capsys):
+    """Runs the program, which must stop before anything is compiled or written; gives its line."""
+
+    def run(*flags):
+        assert runs(*flags) == 2
+        assert list(elsewhere.iterdir()) == []
+        return one_error(capsys)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model=llama5", "model='llama5' is unknown; did you mean llama5m"),
+        ("--recipe=pf4", "recipe='pf4' is unknown; did you mean fp4"),
+        ("--sead=1", "unknown argument '--sead=1'; did you mean --seed?"),
+        ("--lr=fast", "--lr: could not convert string to float: 'fast'; see"),
+        ("--steps=0", "steps=0; expected a positive number"),
+        ("--model.num_kv_heads=3", "expected the second to divide the first"),
+    ],
+)
+def test_flags(refuses, flag, message):
+    assert message in refuses(flag)
+
+
+def tiny(data, *flags):
+    return (*TINY, f"--data={data}", "--run_dir=run", *flags)
+
+
+def test_data_that_is_not_there(refuses):
+    assert 'data none does not exist; give "pystdlib", a file' in refuses(*tiny("none"))
+
+
+def test_data_without_text(refuses, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "directory").mkdir()
+    assert "empty.txt holds no text; give files" in refuses(*tiny(tmp_path / "empty.txt"))
+    assert "directory holds no text; give files" in refuses(*tiny(tmp_path / "directory"))
+
+
+def test_too_little_text(refuses, tmp_path):
+    (tmp_path / "short.txt").write_text("x" * 30)
+    error = refuses(*tiny(tmp_path / "short.txt"))
+    assert "training tokens and 33 are needed (2 x 16 + 1); give more text, or a smaller" in error
+
+
+def test_a_vocabulary_larger_than_the_models(refuses, text, tmp_path):
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {"<unk>": 0, "<eod>": 1} | {f"w{i}": i for i in range(2, 600)}, unk_token="<unk>"
+        )
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<eod>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    error = refuses(*tiny(text, f"--tokenizer={tmp_path}/tokenizer.json"))
+    assert "has 600 ids and llama5m a vocabulary of 512; set --model.vocab_size" in error
+
+
+@pytest.fixture
+def shards(text, tmp_path, capsys):
+    prepare.prepare(prepare.Config(data=str(text), out=str(tmp_path / "out"), vocab_size=300))
+    capsys.readouterr()
+    return tmp_path / "out"
+
+
+def test_a_damaged_shard(refuses, shards):
+    shard = next(path for path in sorted(shards.iterdir()) if path.name.startswith("train"))
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    assert re.search(r"shard .* has SHA-256 .* prepare the data again", refuses(*tiny(shards)))
+    shard.write_bytes(content[:-2])
+    assert re.search(r"shard .* bytes .* prepare the data again", refuses(*tiny(shards)))
+
+
+def test_prepared_shards_are_trained_on(runs, shards, tmp_path):
+    flags = ("--recipe=fp4", f"--data={shards}", f"--run_dir={tmp_path}/run")
+    assert runs(*TINY, *flags) == 0
+    assert len(lines_of(tmp_path / "run")) == 12
+
+
+def test_a_directory_that_holds_a_run(runs, unbroken, text, capsys):
+    before = sorted(unbroken.rglob("*"))
+    assert runs.tiny(unbroken) == 2
+    assert "holds this run already; add --resume, or choose another" in one_error(capsys)
+    assert runs.tiny(unbroken, "--seed=3", "--model.mlp_dim=32") == 2
+    error = one_error(capsys)
+    assert "holds a run with another configuration: model.mlp_dim (64, now 32), seed (0" in error
+    assert sorted(unbroken.rglob("*")) == before
+
+
+def test_nothing_to_resume(refuses):
+    error = refuses(*tiny("none"), "--resume")
+    assert "run holds no run to resume; leave --resume out to begin one" in error
+
+
+def last_error(capsys):
+    """The last line on stderr, the only one that is of a mistake; and what stdout holds."""
+    output, errors = capsys.readouterr()
+    lines = errors.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "Traceback" not in errors
+    return lines[-1], output
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Disk:
+    free = 10_000
+
+
+def test_a_disk_too_small(runs, elsewhere, text, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk)
+    assert runs(*tiny(text)) == 2
+    error, output = last_error(capsys)
+    assert output == "" and "the disk of run has 0.00 GiB free and checkpoints take" in error
+    assert "make room, or choose another --run_dir" in error
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_disk_that_fills_while_metrics_are_written(runs, elsewhere, text, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "_write", full_disk)
+        assert runs(*tiny(text)) == 2
+    error, _ = last_error(capsys)
+    message = "cannot write to run: No space left on device; make room and add --resume"
+    assert error == f"error: {message}"
+    assert runs(*tiny(text), "--resume") == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits file sizes as POSIX does")
+def test_a_file_that_cannot_grow(runs, elsewhere, text, capsys, monkeypatch):
+    # Every writer that is real here fails as on a full disk, those in threads included.
+    import resource
+
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = loop._Run._report
+
+    def report(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, unlimited[1]))
+        return real(*args)
+
+    monkeypatch.setattr(loop._Run, "_report", report)
+    # A file whose buffer cannot be written is closed by and by.
+    try:
+        assert runs(*tiny(text)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    error, _ = last_error(capsys)
+    assert error == "error: cannot write to run: File too large; make room and add --resume"
+
+
+def test_a_disk_that_fills_between_checkpoints(runs, elsewhere, text, capsys, monkeypatch):
+    real = Checkpoints.save
+
+    def save(self, step, state):
+        if step == 8:
+            monkeypatch.setattr("shutil.disk_usage", lambda path: Disk)
+        real(self, step, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        assert runs(*tiny(text)) == 2
+    monkeypatch.undo()
+    os.chdir(elsewhere)
+    error, _ = last_error(capsys)
+    assert "No space left on device; make room and add --resume" in error
+    assert [path.name for path in (elsewhere / "run" / "checkpoints").iterdir()] == ["4"]
+    assert runs("--run_dir=run", "--resume") == 0
+    assert [line["step"] for line in lines_of("run")] == list(range(1, 13))
+
+
+def test_a_place_that_cannot_be_written(runs, elsewhere, text, capsys):
+    (elsewhere / "file").write_text("")
+    assert runs(*TINY, f"--data={text}", "--run_dir=file/run") == 2
+    assert "cannot write to file/run: Not a directory" in last_error(capsys)[0]
+
+
+def test_a_model_too_large_for_the_machine(runs, elsewhere, text, capsys):
+    arrays, begun = len(jax.live_arrays()), time.monotonic()
+    flags = ("--model=llama13b", "--run_dir=run", f"--data={text}")
+    assert runs(*flags) == 2
+    error, output = last_error(capsys)
+    assert re.search(r"llama13b takes \d+\.\d GiB and .* has \d+\.\d; choose a smaller", error)
+    assert "estimated from shapes" in output
+    assert runs(*flags, "--plan") == 2
+    output, errors = capsys.readouterr()
+    assert errors == "" and "estimated from shapes" in output and "GiB too large" in output
+    assert time.monotonic() - begun < 30
+    assert len(jax.live_arrays()) == arrays
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_plan(runs, elsewhere, text, capsys):
+    assert runs(*tiny(text, "--plan")) == 0
+    output, errors = capsys.readouterr()
+    assert errors == "" and "from the compiled step" in output and "the run fits" in output
+    rows = re.findall(r"│ (.+?) +│ +[\d.]+ │ +([\d,]+) │", output)
+    sizes = {what: int(size.replace(",", "")) for what, size in rows}
+    *parts, together, has = sizes.values()
+    assert list(sizes)[:4] == [
+        "weights", "optimizer state", "gradients", "activations and workspace"
+    ]  # fmt: skip
+    # 34,976 parameters and eight thresholds for each of two layers.
+    assert "34,976 parameters" in output and parts[0] == 4 * (34_976 + 16)
+    assert parts[1] == 8 * 34_976 + 17
+    assert sum(parts) == together <= has
+    assert list(elsewhere.iterdir()) == []
+
+
+def poisoned(first, count):
+    """Batches, of which some from a step on have a token outside the vocabulary."""
+
+    def read(*args, **kwargs):
+        for step, batch in enumerate(batches(*args, **kwargs), start=kwargs["start_step"] + 1):
+            yield np.full_like(batch, 10**6) if first <= step < first + count else batch
+
+    return read
+
+
+def test_a_few_steps_without_a_finite_gradient(runs, elsewhere, text, monkeypatch):
+    monkeypatch.setattr(loop, "batches", poisoned(5, 2))
+    assert runs(*tiny(text, "--optimizer.max_skipped=3")) == 0
+    assert [line["skipped"] for line in lines_of("run")] == [0] * 4 + [1] + [2] * 7
+    assert np.isfinite(lines_of("run")[-1]["valid_loss"])
+
+
+@pytest.mark.parametrize("every", [1, 12])
+def test_too_many_steps_without_a_finite_gradient(
+    runs, elsewhere, text, capsys, monkeypatch, every
+):
+    # The report that sees them may come later, when the gradient is finite again.
+    monkeypatch.setattr(loop, "batches", poisoned(5, 3))
+    flags = ("--optimizer.max_skipped=3", f"--log.every={every}", "--log.health_every=0")
+    assert runs(*tiny(text, *flags)) == 2
+    error, output = last_error(capsys)
+    step = 7 if every == 1 else 8
+    assert f"was not finite for 3 steps in a row, up to step {step}; the parameters" in error
+    assert "lower --lr, or look at run/health.jsonl" in error and output == ""
+    assert [line["step"] for line in lines_of("run")] == list(range(1, step + 1))
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["4"]
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(runs, elsewhere, text, monkeypatch):
+    monkeypatch.setattr(loop, "batches", poisoned(7, 9))
+    flags = ("--optimizer.max_skipped=4", "--checkpoint.every=8", "--log.every=1")
+    assert runs(*tiny(text, *flags)) == 2
+    assert runs("--run_dir=run", "--resume") == 2
+    assert lines_of("run")[-1]["step"] == 10
+
+
+def test_program(text, tmp_path):
+    command = [sys.executable, "-m", "train.main"]
+    failed = subprocess.run(
+        [*command, f"--data={tmp_path}/none", f"--run_dir={tmp_path}/run"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("error: data ") and failed.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_second_signal_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), loop._interrupts() as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGINT)

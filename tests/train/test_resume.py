@@ -1,0 +1,239 @@
+"""A run that was stopped, however it was, ends bit for bit like one that was not."""
+
+import dataclasses
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, assert_same_arrays, lines_of, one_error, saved_arrays, write_text
+
+from train import loop
+from train.checkpoint import Checkpoints
+from train.config import CheckpointConfig
+from train.data import batches
+from train.step import Trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def assert_same_run(run_dir, unbroken):
+    assert_same_arrays(saved_arrays(run_dir, 12), saved_arrays(unbroken, 12))
+    for name in ("metrics.jsonl", "health.jsonl"):
+        assert timeless(lines_of(run_dir, name)) == timeless(lines_of(unbroken, name))
+
+
+def timeless(lines):
+    measured = ("tokens_per_s", "peak_bytes")
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
+
+
+def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
+    """Has the signal arrive while the loop waits for the batch of a step."""
+
+    def interrupted(*args, **kwargs):
+        for done, batch in enumerate(batches(*args, **kwargs), start=kwargs["start_step"]):
+            if done + 1 == step:
+                signal.raise_signal(number)
+            yield batch
+
+    monkeypatch.setattr(loop, "batches", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(
+    runs, unbroken, tmp_path, capsys, monkeypatch, number
+):
+    run_dir = tmp_path / "run"
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7, number)
+        assert runs.tiny(run_dir) == 0
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    output = capsys.readouterr().out
+    assert output == f"saved step 7; go on with python -m train.main --run_dir={run_dir} --resume\n"
+    assert [line["step"] for line in lines_of(run_dir)] == list(range(1, 8))
+    assert (run_dir / "loss.png").exists()
+    assert runs.resume(run_dir) == 0
+    assert capsys.readouterr().out.startswith("done: validation loss ")
+    assert_same_run(run_dir, unbroken)
+
+
+def test_a_run_stopped_at_each_step_and_by_steps_not_logged(runs, unbroken, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert runs.tiny(run_dir) == 0
+    for step in (2, 8, 11):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step)
+            assert runs.resume(run_dir) == 0
+        assert len(lines_of(run_dir)) == step
+    assert runs.resume(run_dir) == 0
+    assert_same_run(run_dir, unbroken)
+
+
+def test_a_signal_before_the_first_step(runs, unbroken, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    real = loop._interrupts
+
+    @contextmanager
+    def at_once():
+        with real() as received:
+            signal.raise_signal(signal.SIGTERM)
+            yield received
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_interrupts", at_once)
+        assert runs.tiny(run_dir) == 0
+    assert lines_of(run_dir) == []
+    assert runs.resume(run_dir) == 0
+    assert_same_run(run_dir, unbroken)
+
+
+# Kills its process at the given audit event of a file of the given checkpoint: nothing is flushed.
+KILLED = """
+import os, signal, sys
+event, part = sys.argv[1:3]
+def kill(happened, args):
+    if happened == event and part in str(args[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+from train.main import main
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def killed(tmp_path, event, part, *flags):
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-c", KILLED, event, part, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_kill_while_saving(runs, unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    # Everything of checkpoint 8 is written, and it is about to be put in its place.
+    first = (*TINY, f"--data={runs.text}", f"--run_dir={run_dir}")
+    killed(tmp_path, "os.rename", "checkpoints/8.", *first)
+    assert not (run_dir / "checkpoints" / "8").exists()
+    assert lines_of(run_dir)[-1]["step"] >= 8
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    # Checkpoint 12 has its directory and nothing in it.
+    killed(tmp_path, "os.mkdir", "checkpoints/12.", f"--run_dir={run_dir}", "--resume")
+    assert [line["step"] for line in lines_of(run_dir)] == list(range(1, 13))
+    assert runs.resume(run_dir) == 0
+    assert_same_run(run_dir, unbroken)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["12", "8"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    runs, unbroken, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "run"
+
+    def lost(*args, **kwargs):
+        yield from itertools.islice(batches(*args, **kwargs), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "batches", lost)
+        runs.tiny(run_dir)
+    assert len(lines_of(run_dir)) == 3
+    assert runs.resume(run_dir) == 0
+    assert_same_run(run_dir, unbroken)
+
+
+def test_a_finished_run_stays_as_it_is(runs, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert runs.tiny(run_dir) == 0
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert runs.resume(run_dir) == 0
+    assert capsys.readouterr().out == f"done already, at step 12; see {run_dir}/loss.png\n"
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def stopped(runs, run_dir, monkeypatch, *flags):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        assert runs.tiny(run_dir, *flags) == 0
+    return run_dir
+
+
+def test_what_changes_no_parameter_may_change(runs, unbroken, tmp_path, monkeypatch):
+    run_dir = stopped(runs, tmp_path / "run", monkeypatch)
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(runs.text.read_bytes())
+    free = ("--eval_every=3", "--eval_batches=1", "--log.every=2", "--log.health_every=0")
+    saves = ("--checkpoint.every=6", "--checkpoint.keep=1", f"--data={copy}")
+    assert runs.resume(run_dir, *free, *saves) == 0
+    assert_same_arrays(saved_arrays(run_dir, 12), saved_arrays(unbroken, 12))
+    losses = [line["loss"] for line in lines_of(run_dir)]
+    assert losses == [line["loss"] for line in lines_of(unbroken)]
+    assert [line["step"] for line in lines_of(run_dir) if "valid_loss" in line] == [4, 6, 9, 12]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["12"]
+
+
+def test_run_dir_may_be_spelt_with_a_hyphen(runs, unbroken, tmp_path, monkeypatch):
+    run_dir = stopped(runs, tmp_path / "run", monkeypatch)
+    assert runs(f"--run-dir={run_dir}", "--resume") == 0
+    assert_same_run(run_dir, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lr=0.001"], "lr (0.003, now 0.001)"),
+        (["--steps=20"], "steps (12, now 20)"),
+        (["--seed=1", "--batch_size=4"], "batch_size (2, now 4), seed (0, now 1)"),
+        (["--model.num_layers=3"], "model.num_layers (2, now 3)"),
+        (["--optimizer.beta2=0.9"], "optimizer.beta2 (0.95, now 0.9)"),
+        (["--recipe=fp4_cast"], "recipe (fp4, now fp4_cast)"),
+        (["--recipe.occ_alpha=0.9"], "recipe.occ_alpha (0.99, now 0.9)"),
+    ],
+)
+def test_what_changes_parameters_is_refused_by_name(runs, unbroken, capsys, flags, named):
+    before = {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+    assert runs.resume(unbroken, *flags) == 2
+    error = one_error(capsys)
+    assert "holds a run with another configuration: " in error and named in error
+    assert "choose another --run_dir, or give the same flags" in error
+    assert {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()} == before
+
+
+def test_other_data_is_refused(runs, unbroken, tmp_path, capsys):
+    other = write_text(tmp_path / "other.txt", first=1)
+    before = (unbroken / "config.json").read_bytes()
+    assert runs.resume(unbroken, f"--data={other}") == 2
+    assert "began with other data or another tokenizer" in one_error(capsys)
+    assert (unbroken / "config.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(runs, unbroken, tiny_config, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    wider = dataclasses.replace(tiny_config().llama, mlp_dim=96)
+    state = Trainer(tiny_config(llama=wider)).abstract_state()
+    with closing(Checkpoints(run_dir, CheckpointConfig())) as checkpoints:
+        checkpoints.save(9, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state))
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert runs.resume(run_dir) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.count("error: ") == 1
+    error = errors.splitlines()[-1]
+    assert error.startswith("error: checkpoint 9 is of another model: params/layers/mlp/down_proj")
+    assert "has shape (2, 96, 32), this model's (2, 64, 32); give the flags of the run" in error
+    assert (run_dir / "metrics.jsonl").read_bytes() == before

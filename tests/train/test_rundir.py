@@ -1,0 +1,99 @@
+"""What a run directory says of its run, and who may write in it."""
+
+import json
+import platform
+
+import jax
+import pytest
+
+from train import rundir
+from train.config import parse, to_dict
+from train.errors import UserError
+
+FLAGS = ("--steps=7", "--model.mlp_dim=64", "--run_dir=given")
+
+
+def config(*flags):
+    return parse([*FLAGS, *flags])
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "a" / "run"
+    rundir.write(path, config(), "abc", "device", 123)
+    return path
+
+
+def test_config_json_holds_everything(run_dir):
+    content = json.loads((run_dir / "config.json").read_text())
+    assert content["config"] == json.loads(json.dumps(to_dict(config())))
+    assert content["config"]["llama"]["mlp_dim"] == 64
+    assert content["data_fingerprint"] == "abc"
+    assert (content["device"], content["parameters"]) == ("device", 123)
+    assert content["versions"]["python"] == platform.python_version()
+    assert content["versions"]["jax"] == jax.__version__
+    assert set(rundir.PACKAGES) < set(content["versions"])
+    assert [path.name for path in run_dir.iterdir()] == ["config.json"]
+
+
+def test_a_new_or_empty_directory_may_be_used(tmp_path):
+    rundir.check(tmp_path / "none", config())
+    rundir.check(tmp_path, config())
+    rundir.check_data(tmp_path, "abc")
+
+
+def refused(run_dir, config):
+    with pytest.raises(UserError) as raised:
+        rundir.check(run_dir, config)
+    return str(raised.value)
+
+
+def test_a_run_is_not_written_over(run_dir):
+    assert refused(run_dir, config()) == (
+        f"{run_dir} holds this run already; add --resume, or choose another"
+    )
+    rundir.check(run_dir, config("--resume"))
+
+
+def test_another_configuration_is_named(run_dir):
+    message = refused(run_dir, config("--resume", "--lr=1", "--recipe.dge_k=7"))
+    assert "lr (" in message and ", now 1.0), recipe.dge_k (5.0, now 7.0); choose" in message
+    # Also where the run would not go on.
+    assert "steps (7, now 8)" in refused(run_dir, parse([*FLAGS, "--steps=8"]))
+
+
+def test_free_fields_may_change(run_dir):
+    free = ("--eval_every=3", "--eval_batches=1", "--log.every=2", "--log.health_every=0")
+    more = ("--checkpoint.every=0", "--checkpoint.keep=9", "--data=x", "--tokenizer=bytes")
+    rundir.check(run_dir, config("--resume", *free, *more))
+
+
+def test_nothing_to_resume(tmp_path):
+    message = f"{tmp_path} holds no run to resume; leave --resume out to begin one"
+    assert refused(tmp_path, config("--resume", f"--run_dir={tmp_path}")) == message
+
+
+def test_a_directory_of_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("")
+    for place in (tmp_path, tmp_path / "thesis.txt"):
+        message = f"{place} is in use and holds no run; choose another --run_dir"
+        assert refused(place, config()) == message
+
+
+def test_other_data(run_dir):
+    rundir.check_data(run_dir, "abc")
+    with pytest.raises(UserError, match="began with other data or another tokenizer"):
+        rundir.check_data(run_dir, "abd")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": {}}'])
+def test_a_damaged_config(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json is damaged (" in refused(tmp_path, config())
+
+
+def test_space(tmp_path):
+    rundir.check_space(tmp_path / "none" / "such", 1)
+    with pytest.raises(UserError, match=r"GiB free and checkpoints take 1048576.00; make room, or"):
+        rundir.check_space(tmp_path / "none" / "such", 2**50)
+    assert list(tmp_path.iterdir()) == []
