@@ -157,6 +157,7 @@ def lessons(loss: dict[str, Any]) -> str:
         "damps and perturbs the updates, which a short run at this learning rate rewards.",
         f"The sweep shows it: fp4 less bf16, with one seed, is {_gaps_by_rate(loss['sweep'])}. The "
         "gap falls as the learning rate rises: fp4 stands higher rates than BF16 does.",
+        _closing(loss),
         f"The mean shift moves the loss of fp4 by {gap['fp4 + mean shift'] - gap['fp4']:+.4f}.",
     ]
     if gap["fp4"] < 0:
@@ -168,6 +169,19 @@ def lessons(loss: dict[str, Any]) -> str:
             "paper's own, over 100 billion tokens, end with FP4 0.06 to 0.10 above BF16."
         )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _closing(loss: dict[str, Any]) -> str:
+    by_variant, millions = _by_variant(loss), loss["runs"][0]["tokens"] / 1e6
+    curves = (_mean_curve(by_variant[variant]) for variant in ("fp4", "bf16"))
+    gaps = [a - b for a, b in zip(*curves, strict=True)]
+    lowest = min(range(len(gaps)), key=lambda i: gaps[i])
+    return (
+        f"And the picture shows when: in training loss fp4's lead is largest, {gaps[lowest]:+.2f}, "
+        f"at {millions * (lowest + 0.5) / len(gaps):.1f} million tokens, just after the warm-up, "
+        f"and by the end it is {gaps[-1]:+.2f}: BF16 loses its ground there and is still making "
+        "it up."
+    )
 
 
 def _gaps_by_rate(sweep: list[dict[str, Any]]) -> str:

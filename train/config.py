@@ -82,7 +82,7 @@ class OptimizerConfig:
 class CheckpointConfig:
     """When the run is saved."""
 
-    every: int = 200
+    every: int = 100
     """Steps between saves; the last step and an interrupt save as well. 0: only an interrupt."""
 
     keep: int = 2
@@ -124,7 +124,7 @@ class TrainConfig:
     tokenizer: str | None = None
     """bytes, or a tokenizer.json; None takes that of prepared shards, and bytes elsewhere."""
 
-    steps: int = 600
+    steps: int = 300
     """Optimizer steps of the whole run."""
 
     batch_size: int = 8
@@ -142,7 +142,7 @@ class TrainConfig:
     run_dir: str | None = None
     """Where the run is written; None makes a new runs/MODEL-RECIPE-DATE-TIME."""
 
-    eval_every: int = 200
+    eval_every: int = 100
     """Steps between evaluations; the last step is evaluated as well."""
 
     eval_batches: int = 16
@@ -320,14 +320,18 @@ def parse_help(cls: type[Any], default: Any) -> None:
 
 
 def _first_paragraph(box: str) -> str:
-    """The sentence in a framed message: its lines up to the first rule, without the frame."""
+    """The sentence in a framed message: its lines between rules, without the frame."""
     words: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯ ")
-        if not text.strip("─"):
+        if text.strip("─-"):
+            words.append(text)
+        elif words:
             break
-        words.append(text)
-    return " ".join(words) or "the command line could not be read"
+    message = " ".join(words) or "the command line could not be read"
+    for field, flag in _FLAG_NAMES.items():
+        message = message.replace(f"parsing {field}:", f"parsing --{flag}:")
+    return message
 
 
 def report_error(error: UserError) -> int:

@@ -13,10 +13,11 @@ import numpy as np
 from jax.stages import Compiled
 
 from train import plot
+from train.batches import batches, eval_batches
 from train.checkpoint import Checkpoints
 from train.compare import read_metrics
 from train.config import TrainConfig
-from train.data import Corpus, batches, eval_batches
+from train.data import Corpus
 from train.errors import UserError
 from train.metrics import ProgressLine, RunLog
 from train.plan import peak_bytes

@@ -9,8 +9,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 METRICS, HEALTH = "metrics.jsonl", "health.jsonl"
@@ -25,9 +25,10 @@ class RunLog:
         self._health = self._open.enter_context(_open_at(run_dir / HEALTH, start_step))
         (run_dir / "tensorboard").mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies of a full disk, and then whoever writes waits for ever.
-        prefix = str(run_dir / "tensorboard" / "events")
-        self._events = EventsWriter(prefix, filename_suffix=f".{start_step}")
+        name = f"events.out.tfevents.{time.time():.0f}.{start_step}"
+        self._events = RecordWriter(str(run_dir / "tensorboard" / name))
         self._open.enter_context(contextlib.closing(self._events))
+        self._event(start_step, file_version="brain.Event:2")
         self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def step(self, line: dict[str, Any]) -> None:
@@ -58,7 +59,8 @@ class RunLog:
         self._open.close()
 
     def _event(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
 
 
 def _open_at(path: Path, start_step: int) -> TextIO:

@@ -66,7 +66,7 @@ class Plan:
             (f"{self.device} has", self.device_bytes),
         ):
             table.add_row(what, f"{size / GIB:.2f}", f"{size:,}")
-        table.caption = f"{self.parameters:,} parameters; the run " + (
+        table.caption = f"{self.parameters:,} parameters\nThe run " + (
             "fits"
             if self.fits
             else f"is {(self.total - self.device_bytes) / GIB:.2f} GiB too large"

@@ -29,8 +29,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train import tokenizer as tokenizer_lib
 from train.config import parse_flags, report_error
-from train.data import FORMAT_VERSION, SPLITS, Documents, Split, encode, little_endian, progress
+from train.data import FORMAT_VERSION, encode, little_endian
+from train.documents import SPLITS, Documents, Split
 from train.errors import UserError
+from train.progress import progress
 
 _DEFAULT_VOCAB_SIZE = 32_000
 _MIN_VOCAB_SIZE = 257  # Every byte and the end of a document.

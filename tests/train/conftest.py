@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from train import loop, main, plan, step
-from train.config import CheckpointConfig, LogConfig, TrainConfig
+from train.config import CheckpointConfig, LogConfig, TrainConfig, parse
 from train.step import Trainer
 
 TINY = (
@@ -58,6 +58,7 @@ def _shared_trainer(config):
             eval_batches=1,
             resume=False,
             plan=False,
+            optimizer=dataclasses.replace(config.optimizer, max_skipped=20),
             checkpoint=CheckpointConfig(),
             log=LogConfig(),
         )
@@ -114,8 +115,6 @@ def unbroken(runs, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_config():
     """The tiny configuration as an object; keywords replace fields."""
-    from train.config import parse
-
     config = parse(TINY)
 
     def make(**changes) -> TrainConfig:

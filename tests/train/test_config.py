@@ -112,12 +112,13 @@ def test_help_explains_every_flag_with_its_default(capsys):
     output, errors = capsys.readouterr()
     assert errors == ""
     explained = {}
+    entry = []
     for line in output.splitlines():
-        text = line.strip("│╭╮╰╯─ ")
-        if line.startswith("│ --"):
-            entry = explained.setdefault(text.split()[0].strip(","), [])
-        elif not line.startswith("│"):
+        text = line.strip("│╭╮╰╯ ")
+        if not text.strip("-─"):  # a rule
             entry = []
+        elif text.startswith("--"):
+            entry = explained.setdefault(text.split()[0].strip(","), [])
         entry.append(text)
     assert set(explained) == set(flags_of(TrainConfig()))
     for flag, lines in explained.items():

@@ -5,7 +5,7 @@ import json
 import sysconfig
 import tokenize
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from train import data, prepare
+from train import batches, data, documents, prepare
 from train.errors import UserError
 
 TEXTS = [f"Document {i}: naïve café № {i * i}.\r\n" + "déjà vu\n" * (i % 7) for i in range(60)]
@@ -33,7 +33,7 @@ def jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def documents_of(tokens: data.Tokens, corpus: data.Corpus) -> list[str]:
+def documents_of(tokens: batches.Tokens, corpus: data.Corpus) -> list[str]:
     ids = tokens[:]
     ends = np.flatnonzero(ids == corpus.tokenizer.eod)
     assert ends[-1] == len(ids) - 1
@@ -69,10 +69,10 @@ class TestTokens:
         self, lengths: list[int], begin: int, end: int, seq_len: int
     ) -> None:
         whole = np.arange(sum(lengths), dtype=np.uint16)
-        tokens = data.Tokens(np.split(whole, np.cumsum(lengths)[:-1]) if lengths else [])
+        tokens = batches.Tokens(np.split(whole, np.cumsum(lengths)[:-1]) if lengths else [])
         assert len(tokens) == len(whole)
         np.testing.assert_array_equal(tokens[begin:end], whole[begin:end])
-        windows = data.TokenWindows(tokens, seq_len)
+        windows = batches.TokenWindows(tokens, seq_len)
         assert len(windows) == max(0, len(whole) - 1) // seq_len
         for i in range(len(windows)):
             assert windows[i].dtype == np.int32
@@ -84,7 +84,7 @@ class TestTokens:
 
     def test_refuses_other_steps(self) -> None:
         with pytest.raises(ValueError, match="step 1"):
-            data.Tokens([np.arange(4, dtype=np.uint16)])[::2]
+            batches.Tokens([np.arange(4, dtype=np.uint16)])[::2]
 
 
 class TestBatches:
@@ -92,11 +92,13 @@ class TestBatches:
     TOKENS = np.arange(24 * 4 + 3, dtype=np.uint16)
 
     def firsts(self, seed: int, start_step: int, count: int) -> list[list[int]]:
-        found = data.batches(self.TOKENS, seq_len=4, batch_size=3, seed=seed, start_step=start_step)
+        found = batches.batches(
+            self.TOKENS, seq_len=4, batch_size=3, seed=seed, start_step=start_step
+        )
         return [batch[:, 0].tolist() for batch in islice(found, count)]
 
     def test_shape_dtype_and_content(self) -> None:
-        batch = next(data.batches(self.TOKENS, seq_len=4, batch_size=3, seed=0))
+        batch = next(batches.batches(self.TOKENS, seq_len=4, batch_size=3, seed=0))
         assert batch.shape == (3, 5)
         assert batch.dtype == np.int32
         np.testing.assert_array_equal(batch, batch[:, :1] + np.arange(5))
@@ -114,34 +116,34 @@ class TestBatches:
 
     def test_batch_at_agrees(self) -> None:
         for step, firsts in enumerate(self.firsts(3, 0, 12)):
-            batch = data.batch_at(self.TOKENS, seq_len=4, batch_size=3, seed=3, step=step)
+            batch = batches.batch_at(self.TOKENS, seq_len=4, batch_size=3, seed=3, step=step)
             assert batch[:, 0].tolist() == firsts
 
     def test_an_epoch_holds_every_window_once_in_its_own_order(self) -> None:
-        batches = self.firsts(0, 0, 24)
-        epochs = [sum(batches[begin : begin + 8], []) for begin in (0, 8, 16)]
+        served = self.firsts(0, 0, 24)
+        epochs = [[*chain.from_iterable(served[begin : begin + 8])] for begin in (0, 8, 16)]
         for epoch in epochs:
             assert sorted(epoch) == list(range(0, 96, 4))
             assert epoch != sorted(epoch)
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
     def test_left_over_windows_shorten_the_epoch_not_a_batch(self) -> None:
-        found = data.batches(self.TOKENS, seq_len=4, batch_size=5, seed=0)
+        found = batches.batches(self.TOKENS, seq_len=4, batch_size=5, seed=0)
         firsts = [batch[:, 0].tolist() for batch in islice(found, 8)]  # Two epochs of 4.
         assert all(len(batch) == 5 for batch in firsts)
         for epoch in (firsts[:4], firsts[4:]):
-            assert len(set(sum(epoch, []))) == 20
+            assert len(set(chain.from_iterable(epoch))) == 20
 
     def test_epochs_of_neighbouring_seeds_differ(self) -> None:
         assert self.firsts(0, 8, 8) != self.firsts(1, 0, 8)
 
     def test_refuses_less_than_a_batch(self) -> None:
         with pytest.raises(ValueError, match="24 windows"):
-            data.batches(self.TOKENS, seq_len=4, batch_size=25, seed=0)
+            batches.batches(self.TOKENS, seq_len=4, batch_size=25, seed=0)
 
     def test_evaluation_is_in_order_and_full(self) -> None:
         def firsts(batch_size: int, max_batches: int) -> list[list[int]]:
-            found = data.eval_batches(
+            found = batches.eval_batches(
                 self.TOKENS, seq_len=4, batch_size=batch_size, max_batches=max_batches
             )
             return [batch[:, 0].tolist() for batch in found]
@@ -189,7 +191,7 @@ class TestDocuments:
     def test_python_in_the_encoding_it_declares(self, tmp_path: Path) -> None:
         source = "# -*- coding: latin-1 -*-\nname = 'é'\n" * 9
         (tmp_path / "a.py").write_bytes(source.encode("latin-1"))
-        assert "".join(text for _, text in data.Documents(str(tmp_path))) == source
+        assert "".join(text for _, text in documents.Documents(str(tmp_path))) == source
 
     def test_split_is_by_content(self, tmp_path: Path) -> None:
         # Repeats fall on both ends of the order, under other names.
@@ -203,15 +205,16 @@ class TestDocuments:
 
     def test_split_is_about_a_twentieth(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl([f"document {i}" for i in range(4000)]))
-        counts = data.Documents(str(tmp_path)).counts
+        counts = documents.Documents(str(tmp_path)).counts
         assert sum(counts.values()) == 4000
         assert 140 <= counts["valid"] <= 260
 
     @pytest.mark.parametrize("seed", range(5))
     def test_each_split_gets_a_document(self, seed: int, tmp_path: Path) -> None:
-        documents = data.Documents(str(write_texts(tmp_path, [f"one {seed}", f"two {seed}"])))
-        assert documents.counts == {"train": 1, "valid": 1}
-        assert sorted(split for split, _ in documents) == ["train", "valid"]
+        texts = write_texts(tmp_path, [f"one {seed}", f"two {seed}"])
+        found = documents.Documents(str(texts))
+        assert found.counts == {"train": 1, "valid": 1}
+        assert sorted(split for split, _ in found) == ["train", "valid"]
 
     def test_names_decide_where_they_tell(self, tmp_path: Path) -> None:
         (tmp_path / "train-00000-of-00001.jsonl").write_bytes(jsonl(TEXTS[:30]))
@@ -219,13 +222,13 @@ class TestDocuments:
         assert split_of(tmp_path) == (TEXTS[:30], TEXTS[30:])
         (tmp_path / "LICENSE").write_text("free")
         with pytest.raises(UserError, match=r"LICENSE is named neither train\* nor valid\*"):
-            data.Documents(str(tmp_path))
+            documents.Documents(str(tmp_path))
 
     def test_other_names_do_not_decide(self, tmp_path: Path) -> None:
         write_texts(tmp_path, TEXTS)
         (tmp_path / "trainer.py").write_text("a = 1")
         (tmp_path / "validate.py").write_text("b = 1")
-        assert sum(data.Documents(str(tmp_path)).counts.values()) == 62
+        assert sum(documents.Documents(str(tmp_path)).counts.values()) == 62
 
     def test_lone_document_is_divided_between_lines(self, tmp_path: Path) -> None:
         text = "".join(f"line {i}\n" for i in range(1000))
@@ -239,7 +242,7 @@ class TestDocuments:
         write_texts(tmp_path, [*TEXTS, ""])
         (tmp_path / ".cache").mkdir()
         (tmp_path / ".cache" / "junk").write_bytes(b"\xff")
-        assert sum(data.Documents(str(tmp_path)).counts.values()) == 60
+        assert sum(documents.Documents(str(tmp_path)).counts.values()) == 60
 
     def test_standard_library(self) -> None:
         corpus = data.load("pystdlib", seq_len=256, batch_size=8)
@@ -259,7 +262,7 @@ class TestDocuments:
         (tmp_path / "short.py").write_text("#".ljust(199, "#"))
         (tmp_path / "readme.txt").write_text("text".ljust(200, "#"))
         monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-        first_lines = {text.splitlines()[0] for _, text in data.Documents("pystdlib")}
+        first_lines = {text.splitlines()[0] for _, text in documents.Documents("pystdlib")}
         assert first_lines == {"# a.py", "# deep/b.py"}
 
     def test_fingerprint_is_of_content(self, tmp_path: Path) -> None:

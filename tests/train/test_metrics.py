@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from train import data
+from train.batches import eval_batches
 from train.metrics import ProgressLine, RunLog, _clock
 from train.optimizer import schedule
 from train.step import Trainer
@@ -62,7 +63,7 @@ def test_validation_loss_is_of_the_validation_text(unbroken, text, tiny_config):
     paths, structure = jax.tree_util.tree_flatten_with_path(trainer.abstract_state())
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
     state = jax.tree.unflatten(structure, [arrays[name] for name in names])
-    batches = data.eval_batches(corpus.valid, seq_len=16, batch_size=2, max_batches=2)
+    batches = eval_batches(corpus.valid, seq_len=16, batch_size=2, max_batches=2)
     evaluate = jax.jit(trainer.evaluate)
     losses = [float(evaluate(state.params, state.stats, batch)) for batch in batches]
     assert len(losses) == 2

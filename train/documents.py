@@ -1,0 +1,238 @@
+"""Documents: text from files of several kinds, each given to training or validation.
+
+A document goes to one or the other by its content alone, so that the split is the same on any
+machine and whatever the files are called.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from train.errors import UserError
+from train.progress import progress
+
+Split = Literal["train", "valid"]
+SPLITS: tuple[Split, Split] = ("train", "valid")
+
+_VALID_SHARE = 0.05
+_NAMED_SPLIT = re.compile(r"(train|valid(?:ation)?)(?![a-z])")  # Not trainer.py or validate.py.
+_STDLIB_MIN_CHARS = 200
+_STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+class Documents:
+    """The documents at a path, in a fixed order, each with its split; can be read many times.
+
+    Where a directory has files named train* and valid*, such as train-00000.jsonl and valid.txt,
+    the names decide the split. Elsewhere the SHA-256 of a document's text decides: the lowest
+    twentieth is validation, and each split gets at least one document. A document that is all
+    there is gives its last twentieth to validation. Empty documents are passed over.
+
+    Attributes:
+        counts: Documents in each split.
+        text_bytes: UTF-8 bytes of text in each split.
+    """
+
+    counts: dict[Split, int]
+    text_bytes: dict[Split, int]
+
+    def __init__(self, data: str) -> None:
+        """Reads everything once, to count it and to find the split.
+
+        Args:
+            data: "pystdlib" for the running Python's own standard library, without its tests and
+                files under 200 characters; or a file; or a directory, read in the order of its
+                file names, without hidden files and linked directories. Files are .jsonl (a
+                string "text" on each line), .parquet (a string column "text"), .py (in the
+                encoding it declares), and anything else as UTF-8 text; all may end in .gz too.
+
+        Raises:
+            UserError: A file cannot be read as what its name says, or a split would be empty.
+        """
+        self._min_chars = 1
+        if data == "pystdlib":
+            self._files = _stdlib_files()
+            self._min_chars = _STDLIB_MIN_CHARS
+        else:
+            self._files = _files(Path(data))
+        self._named = _named_splits(self._files)
+        self._divided = False
+        self._cut = int(_VALID_SHARE * (1 << 256))
+        lowest, highest = self._survey()
+        count = sum(self.counts.values())
+        if count == 0:
+            raise UserError(f"{data} holds no text; give files with documents in them")
+        if 0 not in self.counts.values():
+            return
+        # Few documents: all fell into one split.
+        if self._named:
+            empty = next(split for split in SPLITS if not self.counts[split])
+            raise UserError(f"the {empty} files of {data} hold no text; put documents in them")
+        if count > 1 and lowest == highest:
+            raise UserError(
+                f"{data} holds one document {count} times; training and validation need one each"
+            )
+        self._divided = count == 1
+        self._cut = highest - 1 if self.counts["train"] == 0 else lowest
+        self._survey()
+
+    def __iter__(self) -> Iterator[tuple[Split, str]]:
+        """Yields the split and the text of each document."""
+        for split, _, text in self._read():
+            yield split, text
+
+    def _survey(self) -> tuple[int, int]:
+        """Counts what there is; returns the lowest and the highest digest of a document."""
+        self.counts = dict.fromkeys(SPLITS, 0)
+        self.text_bytes = dict.fromkeys(SPLITS, 0)
+        lowest, highest = 1 << 256, -1
+        with progress("reading documents") as advance:
+            for split, digest, text in self._read():
+                self.counts[split] += 1
+                self.text_bytes[split] += len(text.encode())
+                lowest, highest = min(lowest, digest), max(highest, digest)
+                advance(1)
+        return lowest, highest
+
+    def _read(self) -> Iterator[tuple[Split, int, str]]:
+        for file in self._files:
+            for text in _read(file):
+                if len(text) < self._min_chars:
+                    continue
+                digest = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+                if self._named:
+                    yield self._named[file], digest, text
+                elif self._divided:
+                    end = int(len(text) * (1 - _VALID_SHARE))
+                    end = 1 + text.rfind("\n", 0, end) or end  # Between lines, if there are any.
+                    yield "train", digest, text[:end]
+                    yield "valid", digest, text[end:]
+                else:
+                    yield "valid" if digest <= self._cut else "train", digest, text
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(
+            f'data {path} does not exist; give "pystdlib", a file of text, or a directory of them'
+        )
+    # What is neither file nor directory, such as a broken link, stays in and fails by name.
+    relative = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
+    kept = [file for file in relative if not any(part.startswith(".") for part in file.parts)]
+    return [path / file for file in sorted(kept, key=Path.as_posix)]
+
+
+def _stdlib_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    relative = [file.relative_to(root) for file in root.rglob("*.py")]
+    kept = [file for file in relative if _STDLIB_LEFT_OUT.isdisjoint(file.parts)]
+    return [root / file for file in sorted(kept, key=Path.as_posix)]
+
+
+def _named_splits(files: list[Path]) -> dict[Path, Split]:
+    """Returns the split of each file where names tell them all, and nothing where none do."""
+    named: dict[Path, Split] = {
+        file: "train" if match[1] == "train" else "valid"
+        for file in files
+        if (match := _NAMED_SPLIT.match(file.name))
+    }
+    if set(named.values()) != set(SPLITS):
+        return {}
+    strays = [file for file in files if file not in named]
+    if strays:
+        raise UserError(
+            f"{strays[0]} is named neither train* nor valid* like the files beside it; rename it "
+            f"or move it elsewhere ({len(strays)} such)"
+        )
+    return named
+
+
+def _read(file: Path) -> Iterator[str]:
+    """Yields the documents of a file, each sure to be a string that UTF-8 can hold."""
+    name = file.name.lower()
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".py": _read_python}
+    read = readers.get(Path(name.removesuffix(".gz")).suffix, _read_text)
+    try:
+        with gzip.open(file) if name.endswith(".gz") else file.open("rb") as stream:
+            for place, text in read(stream):
+                if not isinstance(text, str):
+                    raise UserError(f'{file}{place}: "text" is not a string; mend or remove it')
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise UserError(
+                        f"{file}{place}: text has half a surrogate pair; mend or remove it"
+                    ) from error
+                yield text
+    except _Unreadable as error:
+        raise UserError(f"{file}{error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read ({error}); mend or remove it") from error
+
+
+class _Unreadable(Exception):
+    """What is wrong with a file, and where: the end of a sentence that begins with its name."""
+
+
+def _read_text(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:
+    try:
+        yield "", stream.read().decode()
+    except UnicodeDecodeError as error:
+        raise _Unreadable(
+            f" is not UTF-8 text (byte {error.start}); convert it or move it elsewhere"
+        ) from error
+
+
+def _read_python(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:
+    source = stream.read()
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+        yield "", source.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise _Unreadable(
+            " is not text in the encoding it declares; convert it or move it elsewhere"
+        ) from error
+
+
+def _read_jsonl(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise _Unreadable(f":{number}: is not JSON in UTF-8; mend or remove it") from error
+        if not isinstance(record, dict) or "text" not in record:
+            raise _Unreadable(f':{number}: is not an object with a field "text"; add it')
+        yield f":{number}", record["text"]
+
+
+def _read_parquet(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:
+    # Imported here since it takes as long to load as the rest together.
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(stream)
+        if "text" not in table.schema_arrow.names:
+            raise _Unreadable(' has no column "text"; rename the column that holds the documents')
+        texts = (
+            text
+            for batch in table.iter_batches(columns=["text"], batch_size=1024)
+            for text in batch.column(0).to_pylist()
+        )
+        for row, text in enumerate(texts, 1):
+            yield f": row {row}", text
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise _Unreadable(f" is not a sound parquet file ({reason}); write it again") from error
