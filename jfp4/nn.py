@@ -63,8 +63,9 @@ class Linear(nnx.Linear):
         if recipe.quantizes:
             _refuse_ignored(self)
         self.recipe = recipe
-        self.use_running_average = False
-        self.monitor = False
+        # A layer that is evaluated goes on being so with another recipe.
+        self.use_running_average = getattr(self, "use_running_average", False)
+        self.monitor = getattr(self, "monitor", False)
         # A layer stacked under scan has leading axes, and so have its statistics.
         stack = self.kernel.shape[:-2]
         occ, mean = recipe.occ_alpha is not None, recipe.x_shift == "mean"

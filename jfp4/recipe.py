@@ -3,12 +3,27 @@
 import dataclasses
 import difflib
 import fnmatch
-from typing import Literal
+import types
+import typing
+from typing import Any, Literal
 
 from jfp4.formats import get_format
 
 FormatName = Literal["e2m1", "e1m2", "e3m0", "e4m3", "e5m2"]
 GradFormatName = Literal["e4m3", "e5m2"]
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError where a field declared as a ``Literal`` (or None) holds anything else."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        parts = typing.get_args(hint) if union else (hint,)
+        literals = [part for part in parts if typing.get_origin(part) is Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        choices += [None] * (type(None) in parts)
+        if literals and getattr(config, name) not in choices:
+            listed = ", ".join(str(choice) for choice in choices)
+            raise ValueError(f"{name}={getattr(config, name)!r}; expected one of {listed}")
 
 
 def check_dge(k: float, cap: float) -> None:
@@ -78,6 +93,7 @@ class Recipe:
     """Shell patterns of layer paths that stay in the compute dtype."""
 
     def __post_init__(self) -> None:  # noqa: D105
+        check_choices(self)
         if (self.x_format is None) != (self.w_format is None):
             raise ValueError(
                 f"x_format={self.x_format!r} and w_format={self.w_format!r}; expected both or "

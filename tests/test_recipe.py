@@ -114,3 +114,9 @@ def test_unknown_recipe_offers_near_names(name, near):
     message = str(error.value)
     assert all(preset in message.split("expected one of")[1] for preset in RECIPES)
     assert (f"did you mean {near}" in message) if near else ("did you mean" not in message)
+
+
+@pytest.mark.parametrize("field", ["x_format", "grad_format", "x_scale", "w_shift"])
+def test_choices_are_held_to(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field}='none'; expected one of "):
+        dataclasses.replace(RECIPES["fp4"], **{field: "none"})

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jfp4.recipe import check_choices
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -52,6 +54,7 @@ class LlamaConfig:
     """Attention implementation; auto is cudnn on a GPU with bfloat16, and xla elsewhere."""
 
     def __post_init__(self) -> None:  # noqa: D105
+        check_choices(self)
         for field in (
             "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim"
         ):  # fmt: skip

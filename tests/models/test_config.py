@@ -62,3 +62,9 @@ def test_named_sizes():
         assert (c.rope_theta, c.norm_eps, c.dtype) == (10000.0, 1e-5, "bfloat16")
         assert (c.remat, c.attention) == ("none", "auto")
         assert c.head_dim in (64, 128)
+
+
+@pytest.mark.parametrize("field", ["dtype", "remat", "attention"])
+def test_choices_are_held_to(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field}='code'; expected one of .*"):
+        LlamaConfig(**{field: "code"})

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import lines_of, saved_arrays
+from tiny_run import lines_of, saved_arrays
 
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig

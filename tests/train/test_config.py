@@ -133,7 +133,7 @@ def test_every_field_is_given_once_and_frozen():
     config = TrainConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 3
-    with pytest.raises(UserError, match="optimizer.eps=-1"):
+    with pytest.raises(UserError, match=r"optimizer\.eps=-1"):
         OptimizerConfig(eps=-1)
 
 

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from conftest import TINY, lines_of, one_error
+from tiny_run import TINY, lines_of, one_error
 
 from train import loop, metrics, prepare
+from train.batches import batches
 from train.checkpoint import Checkpoints
-from train.data import batches
 
 ROOT = Path(__file__).parents[2]
 
@@ -234,7 +234,7 @@ def test_a_model_too_large_for_the_machine(runs, elsewhere, text, capsys):
 def test_plan(runs, elsewhere, text, capsys):
     assert runs(*tiny(text, "--plan")) == 0
     output, errors = capsys.readouterr()
-    assert errors == "" and "from the compiled step" in output and "the run fits" in output
+    assert errors == "" and "from the compiled step" in output and "run fits" in output
     rows = re.findall(r"│ (.+?) +│ +[\d.]+ │ +([\d,]+) │", output)
     sizes = {what: int(size.replace(",", "")) for what, size in rows}
     *parts, together, has = sizes.values()

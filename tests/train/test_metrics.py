@@ -6,9 +6,9 @@ import struct
 import jax
 import numpy as np
 import pytest
-from conftest import lines_of, saved_arrays
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
+from tiny_run import lines_of, saved_arrays
 
 from train import data
 from train.batches import eval_batches

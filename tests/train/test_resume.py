@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, assert_same_arrays, lines_of, one_error, saved_arrays, write_text
+from tiny_run import TINY, assert_same_arrays, lines_of, one_error, saved_arrays, write_text
 
 from train import loop
+from train.batches import batches
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig
-from train.data import batches
 from train.step import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -111,27 +111,24 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-def killed(tmp_path, event, part, *flags):
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def killed(compiled, event, part, *flags):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
     command = [sys.executable, "-c", KILLED, event, part, *flags]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def test_kill_while_saving(runs, unbroken, tmp_path):
+def test_kill_while_saving(runs, unbroken, compiled_once, tmp_path):
     run_dir = tmp_path / "run"
     # Everything of checkpoint 8 is written, and it is about to be put in its place.
     first = (*TINY, f"--data={runs.text}", f"--run_dir={run_dir}")
-    killed(tmp_path, "os.rename", "checkpoints/8.", *first)
+    killed(compiled_once, "os.rename", "checkpoints/8.", *first)
     assert not (run_dir / "checkpoints" / "8").exists()
     assert lines_of(run_dir)[-1]["step"] >= 8
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
     # Checkpoint 12 has its directory and nothing in it.
-    killed(tmp_path, "os.mkdir", "checkpoints/12.", f"--run_dir={run_dir}", "--resume")
+    killed(compiled_once, "os.mkdir", "checkpoints/12.", f"--run_dir={run_dir}", "--resume")
     assert [line["step"] for line in lines_of(run_dir)] == list(range(1, 13))
     assert runs.resume(run_dir) == 0
     assert_same_run(run_dir, unbroken)

@@ -26,7 +26,7 @@ def tokens(seed, rows=2):
 
 
 @pytest.fixture(scope="module")
-def trainer(tiny_config):
+def trainer(tiny_config, compiled_once):
     """The FP4 trainer, its functions compiled."""
     return compiled(Trainer(tiny_config()))
 
