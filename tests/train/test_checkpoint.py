@@ -2,8 +2,8 @@
 
 import errno
 import os
+import signal
 from contextlib import closing
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from tiny_run import lines_of, saved_arrays
 
+from train import loop
+from train.batches import batches
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig
 from train.errors import UserError
@@ -74,7 +76,8 @@ def test_a_step_is_saved_once(tmp_path):
     assert kept(tmp_path) == [5]
 
 
-def test_steps_that_reuse_the_memory_do_not_reach_what_is_being_saved(tmp_path):
+def test_steps_that_reuse_the_memory_do_not_reach_what_is_being_saved(tmp_path, monkeypatch):
+    handed = []
     state = state_of(1, size=2**20)
     expected = np.array(state.params["kernel"])
     advance = jax.jit(
@@ -82,7 +85,16 @@ def test_steps_that_reuse_the_memory_do_not_reach_what_is_being_saved(tmp_path):
         donate_argnums=0,
     )
     with opened(tmp_path) as checkpoints:
+        save = checkpoints._manager.save
+        monkeypatch.setattr(
+            checkpoints._manager,
+            "save",
+            lambda step, args: handed.extend(args.item.values()) or save(step, args=args),
+        )
         checkpoints.save(1, state)
+        # A view would stand in the way of the reuse, or be overwritten by it.
+        for leaf, array in zip(jax.tree.leaves(state), handed, strict=True):
+            assert not np.shares_memory(np.asarray(leaf), np.asarray(array))
         for _ in range(5):
             state = advance(state)
         jax.block_until_ready(state)
@@ -166,8 +178,18 @@ def test_a_run_keeps_the_newest_and_all_of_its_state(unbroken):
     assert sum(name.startswith("stats/") for name in arrays) == 8
 
 
-def test_a_run_that_saves_nothing(runs, tmp_path):
-    run_dir = Path(tmp_path) / "run"
+def test_a_run_that_saves_only_when_interrupted(runs, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
     assert runs.tiny(run_dir, "--checkpoint.every=0") == 0
     assert kept(run_dir) == []
     assert len(lines_of(run_dir)) == 12
+
+    def interrupted(*args, **kwargs):
+        for number, batch in enumerate(batches(*args, **kwargs), start=1):
+            if number == 5:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop, "batches", interrupted)
+    assert runs.tiny(tmp_path / "other", "--checkpoint.every=0") == 0
+    assert kept(tmp_path / "other") == [5]

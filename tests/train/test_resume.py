@@ -61,6 +61,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert output == f"saved step 7; go on with python -m train.main --run_dir={run_dir} --resume\n"
     assert [line["step"] for line in lines_of(run_dir)] == list(range(1, 8))
     assert (run_dir / "loss.png").exists()
+    assert (run_dir / "checkpoints" / "7").is_dir()
     assert runs.resume(run_dir) == 0
     assert capsys.readouterr().out.startswith("done: validation loss ")
     assert_same_run(run_dir, unbroken)

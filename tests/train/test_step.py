@@ -134,6 +134,24 @@ def test_microbatches_average_to_the_whole_batch(exact):
         np.testing.assert_allclose(split, whole, rtol=0, atol=tolerance * np.abs(whole).max())
 
 
+def test_statistics_go_from_microbatch_to_microbatch(tiny_config):
+    llama = dataclasses.replace(tiny_config().llama, num_layers=1)
+    whole = Trainer(tiny_config(llama=llama))
+    split = Trainer(tiny_config(llama=llama, optimizer=OptimizerConfig(accumulation=2)))
+    state, (a, b) = jax.jit(whole.init)(), tokens(3)
+
+    def statistics(trainer):
+        return jax.jit(lambda state, batch: trainer._gradient(state, batch)[1])
+
+    after_one = statistics(whole)
+    between = dataclasses.replace(state, stats=after_one(state, a[None]))
+    expected = after_one(between, b[None])
+    found = statistics(split)(state, np.stack([a, b]))
+    for x, y in zip(leaves(found), leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-2)  # the compute dtype is bfloat16
+    assert differs(expected, between.stats)
+
+
 def test_a_step_reports_and_moves_everything(trainer, tiny_config):
     start = trainer.init()
     state, metrics = trainer.step(start, tokens(0))
