@@ -2,17 +2,14 @@
 
 import errno
 import os
-import signal
 from contextlib import closing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import lines_of, saved_arrays
+from tiny_run import interrupt_at, lines_of, saved_arrays
 
-from train import loop
-from train.batches import batches
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig
 from train.errors import UserError
@@ -184,12 +181,20 @@ def test_a_run_that_saves_only_when_interrupted(runs, tmp_path, monkeypatch):
     assert kept(run_dir) == []
     assert len(lines_of(run_dir)) == 12
 
-    def interrupted(*args, **kwargs):
-        for number, batch in enumerate(batches(*args, **kwargs), start=1):
-            if number == 5:
-                signal.raise_signal(signal.SIGTERM)
-            yield batch
-
-    monkeypatch.setattr(loop, "batches", interrupted)
+    interrupt_at(monkeypatch, 5)
     assert runs.tiny(tmp_path / "other", "--checkpoint.every=0") == 0
     assert kept(tmp_path / "other") == [5]
+
+
+def test_lines_are_on_disk_before_the_checkpoint_after_them(runs, tmp_path, monkeypatch):
+    found = []
+    save = Checkpoints.save
+
+    def look(self, step, state):
+        found.append((step, lines_of(tmp_path / "run")[-1]["step"]))
+        save(self, step, state)
+
+    monkeypatch.setattr(Checkpoints, "save", look)
+    interrupt_at(monkeypatch, 11)
+    assert runs.tiny(tmp_path / "run", "--checkpoint.every=2", "--eval_every=5") == 0
+    assert found == [(step, step) for step in (2, 4, 6, 8, 10, 11)]

@@ -118,7 +118,7 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path):
     log = RunLog(tmp_path, 0)
     for step in range(1, 6):
         log.step(line_of(step))
-        log.health(step, {"layer": {"x": np.float32([step, 2])}})
+        log.health(step, {"layer": {"x": np.float32([step, 9])}})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
@@ -126,8 +126,10 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path):
     log.step(line_of(4))
     log.close()
     assert lines_of(tmp_path) == [line_of(step) for step in range(1, 5)]
-    health = [(line["step"], line["layer"]) for line in lines_of(tmp_path, "health.jsonl")]
-    assert health == [(step, layer) for step in (1, 2, 3) for layer in (0, 1)]
+    health = [tuple(line.values()) for line in lines_of(tmp_path, "health.jsonl")]
+    assert health == [
+        (step, "layer", layer, value) for step in (1, 2, 3) for layer, value in ((0, step), (1, 9))
+    ]
     # TensorBoard itself drops what is at or after the step at which a session begins.
     starts = [event.step for event in events_of(tmp_path) if event.session_log.status == 1]
     assert starts == [1, 4]

@@ -13,7 +13,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import TINY, assert_same_arrays, lines_of, one_error, saved_arrays, write_text
+from tiny_run import (
+    TINY,
+    assert_same_arrays,
+    interrupt_at,
+    lines_of,
+    one_error,
+    saved_arrays,
+    write_text,
+)
 
 from train import loop
 from train.batches import batches
@@ -33,18 +41,6 @@ def assert_same_run(run_dir, unbroken):
 def timeless(lines):
     measured = ("tokens_per_s", "peak_bytes")
     return [{k: v for k, v in line.items() if k not in measured} for line in lines]
-
-
-def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
-    """Has the signal arrive while the loop waits for the batch of a step."""
-
-    def interrupted(*args, **kwargs):
-        for done, batch in enumerate(batches(*args, **kwargs), start=kwargs["start_step"]):
-            if done + 1 == step:
-                signal.raise_signal(number)
-            yield batch
-
-    monkeypatch.setattr(loop, "batches", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

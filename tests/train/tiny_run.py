@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import signal
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from train import loop, main, plan, step
+from train.batches import batches
 from train.config import CheckpointConfig, LogConfig
 from train.step import Trainer
 
@@ -119,3 +121,15 @@ def one_error(capsys):
     assert output == ""
     assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     return errors
+
+
+def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
+    """Has the signal arrive while the loop waits for the batch of a step."""
+
+    def interrupted(*args, **kwargs):
+        for done, batch in enumerate(batches(*args, **kwargs), start=kwargs["start_step"]):
+            if done + 1 == step:
+                signal.raise_signal(number)
+            yield batch
+
+    monkeypatch.setattr(loop, "batches", interrupted)
