@@ -124,7 +124,7 @@ class TrainConfig:
     tokenizer: str | None = None
     """bytes, or a tokenizer.json; None takes that of prepared shards, and bytes elsewhere."""
 
-    steps: int = 300
+    steps: int = 250
     """Optimizer steps of the whole run."""
 
     batch_size: int = 8

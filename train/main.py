@@ -15,6 +15,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return run(parse(sys.argv[1:] if args is None else args))
     except UserError as error:
         return report_error(error)
+    except KeyboardInterrupt:
+        print("interrupted before the first step; nothing to save", file=sys.stderr)
+        return 130
 
 
 def run(config: TrainConfig) -> int:
