@@ -92,7 +92,7 @@ class Recipe:
     skip: tuple[str, ...] = ("*embed*", "*lm_head*")
     """Shell patterns of layer paths that stay in the compute dtype."""
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         check_choices(self)
         if (self.x_format is None) != (self.w_format is None):
             raise ValueError(

@@ -65,7 +65,7 @@ class OptimizerConfig:
     max_skipped: int = 20
     """Steps in a row without a finite gradient after which the run stops."""
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         _require(0 <= self.warmup <= 1, "optimizer.warmup", self.warmup, "a share from 0 to 1")
         _require(0 <= self.final_lr <= 1, "optimizer.final_lr", self.final_lr, "a share, 0 to 1")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, ">= 0")
@@ -88,7 +88,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints kept."""
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
 
@@ -103,7 +103,7 @@ class LogConfig:
     health_every: int = 100
     """Steps between measuring quantisation health, layer by layer; 0 never."""
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         _require(self.every >= 1, "log.every", self.every, ">= 1")
         _require(self.health_every >= 0, "log.health_every", self.health_every, ">= 0")
 
@@ -160,7 +160,7 @@ class TrainConfig:
     llama: Annotated[LlamaConfig, tyro.conf.arg(name="model")] = MODELS["llama5m"]
     quantization: Annotated[Recipe, tyro.conf.arg(name="recipe")] = RECIPES["fp4"]
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         _require_known("model", self.model, MODELS)
         _require_known("recipe", self.recipe, RECIPES)
         _require(self.data != "", "data", "''", '"pystdlib" or a path')

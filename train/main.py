@@ -16,7 +16,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         return report_error(error)
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing to save", file=sys.stderr)
+        # While compiling, or a second time: the first one while training saves and ends well.
+        print("stopped at once; --resume goes on from the last checkpoint, if any", file=sys.stderr)
         return 130
 
 

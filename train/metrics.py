@@ -81,7 +81,7 @@ def _write(file: TextIO, line: dict[str, Any]) -> None:
 
 
 class ProgressLine:
-    """A live line on a terminal; elsewhere a plain line at each report, at most one a second."""
+    """A live line on a terminal; elsewhere a plain line at each report."""
 
     def __init__(self, total: int, start: int) -> None:
         self._console = Console(stderr=True)

@@ -53,7 +53,7 @@ class LlamaConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention implementation; auto is cudnn on a GPU with bfloat16, and xla elsewhere."""
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         check_choices(self)
         for field in (
             "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim"
