@@ -202,6 +202,7 @@ def to_float32(x: npt.ArrayLike) -> Float32:
     """
     x = np.asarray(x)
     try:
+        # ml_dtypes knows its own floats as well as NumPy's, but annotates none of its functions.
         ml_dtypes.finfo(x.dtype)  # type: ignore[no-untyped-call, unused-ignore]
     except ValueError as error:
         raise TypeError(f"expected a floating dtype, got {x.dtype}") from error
