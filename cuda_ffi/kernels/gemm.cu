@@ -1,7 +1,8 @@
-// One persistent block an SM, in clusters of two. A cluster computes 256 x kBlockN of y: each block
-// 128 rows of it, both the same columns, so that each loads half of b's tile and sends it to both.
-// One warp feeds a ring of shared-memory stages through the copy engine; two warpgroups multiply 64
-// rows each and write them through shared memory, while the ring fills for the next tile.
+// One persistent block an SM, in clusters of two. A cluster computes 256 x 128 of y: each block 128
+// rows of it, both the same columns, so that each loads half of b's tile and sends it to both. One
+// warp feeds a ring of shared-memory stages through the copy engine. Two warpgroups multiply, by
+// turns, a tile each: while one writes its tile, through shared memory, the other has the tensor
+// cores to itself. Promotion needs a second set of accumulators, so there they share a tile.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -17,8 +18,10 @@ namespace {
 
 constexpr int kCluster = 2;
 constexpr int kConsumers = 2;  // warpgroups
-constexpr int kBlockM = 64 * kConsumers;
+constexpr int kBlockM = 128;
+constexpr int kBlockN = 128;
 constexpr int kBlockK = 128;  // bytes, one swizzle row
+constexpr int kWgmmaM = 64;
 constexpr int kWgmmaK = 32;
 constexpr int kThreads = kWarpgroup * (kConsumers + 1);
 constexpr int kProducerRegisters = 40;
@@ -26,33 +29,30 @@ constexpr int kConsumerRegisters = 232;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 64 * 1024);
 
 // The store goes in boxes of 64 rows of 128 bytes, two of them in flight a warpgroup.
-constexpr int kStoreBytes = 64 * 128;
+constexpr int kStoreBytes = kWgmmaM * 128;
 constexpr int kStoreBuffers = 2;
 
-constexpr int kSharedLimit = 227 * 1024;
 constexpr int kAlignment = 1024;  // of a 128-byte-swizzled tile
 
 // Rows of clusters that are walked together, so that the blocks at work share both operands in L2.
 constexpr int kRasterRows = 8;
 
-template <int kBlockN>
 struct Stage {
   uint8_t a[kBlockM * kBlockK];
   uint8_t b[kBlockN * kBlockK];
 };
 
-constexpr int kFixedBytes = kConsumers * kStoreBuffers * kStoreBytes + kAlignment + 256;
+constexpr int kStages = 6;
 
-template <int kBlockN>
-constexpr int kStages = (kSharedLimit - kFixedBytes) / static_cast<int>(sizeof(Stage<kBlockN>));
-
-template <int kBlockN>
 struct Shared {
-  Stage<kBlockN> stages[kStages<kBlockN>];
+  Stage stages[kStages];
   uint8_t store[kConsumers][kStoreBuffers][kStoreBytes];
-  uint64_t full[kStages<kBlockN>];
-  uint64_t empty[kStages<kBlockN>];
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+  uint64_t turn[kConsumers];
 };
+constexpr int kSharedBytes = sizeof(Shared) + kAlignment;
+static_assert(kSharedBytes <= 227 * 1024);
 
 struct Params {
   int batch, m, n, k;
@@ -68,11 +68,28 @@ struct Params {
   bool bulk_store;  // whether y's rows are multiples of 16 bytes, as the copy engine wants them
 };
 
+// A place in the ring of stages, and the parity of the phase that its barriers are in.
+struct Ring {
+  int stage = 0;
+  int parity = 0;
+
+  __device__ void Advance(int steps) {
+    stage += steps;
+    parity ^= stage / kStages & 1;
+    stage %= kStages;
+  }
+  __device__ void operator++() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 struct Tile {
   int batch, row, col;  // row and col in elements, of this block
 };
 
-template <int kBlockN>
 struct Schedule {
   int rows, cols, total;  // in clusters
 
@@ -93,50 +110,67 @@ struct Schedule {
   }
 };
 
-// The place in y that a thread's accumulators have: register 4 j + 2 h + c is row rows[h] and
-// column col + 8 j + c. Places past an edge are read as the last one and never stored.
-struct Place {
-  int64_t rows[2];  // over the whole batch
-  int col;
-};
+// The accumulators of 64 rows and all columns of a tile, over a warpgroup.
+using Sums = float[kBlockN / 2];
 
-// Scales, rank terms and bias, in FP32 and in this order.
-template <int kRegisters>
-__device__ __forceinline__ void Finish(const Params& p, int batch, const Place& place,
-                                       float (&y)[kRegisters]) {
-  const float* b_scale = p.b_scale + (p.b_scale_size == 1 ? batch : int64_t{batch} * p.n);
-  float a_scale[2];
+// Scales, rank terms and bias, in FP32 and in this order. Register 4 j + 2 h + c of half i is row
+// row + 64 i + 8 h and column col + 8 j + c.
+template <int kHalves>
+__device__ __forceinline__ void Finish(const Params& p, int batch, int row, int col,
+                                       Sums (&y)[kHalves]) {
+  constexpr int kRows = 2 * kHalves;
+  const int64_t first_row = int64_t{batch} * p.m, first_col = int64_t{batch} * p.n + col;
+  auto of_rows = [&](const float* values, int64_t stride, float (&out)[kRows]) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    a_scale[h] = p.a_scale[p.a_scale_size == 1 ? batch : place.rows[h]];
-  }
-  const int every_column = p.b_scale_size == 1 ? 0 : -1;
-  int first_col = place.col;
-  auto column = [&](int i) {
-    // Keeps the compiler from computing all columns, or loading all their numbers, ahead of use:
-    // the registers would not hold them beside the sums.
-    if (i % 32 == 0) asm volatile("" : "+r"(first_col)::"memory");
-    return min(first_col + i / 4 * 8 + i % 2, p.n - 1);
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t in_range = min(row + r / 2 * kWgmmaM + r % 2 * 8, p.m - 1);
+      out[r] = values[(first_row + in_range) * stride];
+    }
   };
+  // Calls f(j, c, value) with the number that every column has in `values`.
+  auto for_columns = [&](const float* values, bool per_column, float value, auto f) {
 #pragma unroll
-  for (int i = 0; i < kRegisters; ++i) {
-    const float scale = b_scale[column(i) & every_column];
-    y[i] = __fmul_rn(__fmul_rn(y[i], a_scale[i / 2 % 2]), scale);
+    for (int i = 0; i < kBlockN / 4; ++i) {
+      const int offset = i / 2 * 8 + i % 2;
+      // Keeps the loads near their use: the registers would not hold them all beside the sums.
+      if (i % 16 == 0) asm volatile("" : "+r"(col)::"memory");
+      if (per_column && col + offset < p.n) value = values[offset];
+      f(i / 2, i % 2, value);
+    }
+  };
+  float of_row[kRows];
+  if (p.a_scale_size == 1) {
+#pragma unroll
+    for (float& scale : of_row) scale = p.a_scale[batch];
+  } else {
+    of_rows(p.a_scale, 1, of_row);
   }
-  // The bias is one more rank term, whose column is ones.
-  const int terms = p.rank + (p.bias != nullptr);
-  for (int r = 0; r < terms; ++r) {
-    float u[2] = {1, 1};
-    const float* v = p.bias + int64_t{batch} * p.n;
-    if (r < p.rank) {
-      u[0] = p.u[place.rows[0] * p.rank + r];
-      u[1] = p.u[place.rows[1] * p.rank + r];
-      v = p.v + (int64_t{batch} * p.rank + r) * p.n;
-    }
+  const bool per_column = p.b_scale_size != 1;
+  for_columns(p.b_scale + first_col, per_column, per_column ? 0 : p.b_scale[batch],
+              [&](int j, int c, float scale) {
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) {
-      y[i] = __fadd_rn(y[i], __fmul_rn(u[i / 2 % 2], v[column(i)]));
+                for (int r = 0; r < kRows; ++r) {
+                  float& sum = y[r / 2][4 * j + r % 2 * 2 + c];
+                  sum = __fmul_rn(__fmul_rn(sum, of_row[r]), scale);
+                }
+              });
+  // The bias is one more rank term, whose column is ones.
+  for (int term = 0; term < p.rank + (p.bias != nullptr); ++term) {
+    const float* values = p.bias + first_col;
+    if (term < p.rank) {
+      of_rows(p.u + term, p.rank, of_row);
+      values = p.v + (int64_t{batch} * p.rank + term) * p.n + col;
+    } else {
+#pragma unroll
+      for (float& one : of_row) one = 1;
     }
+    for_columns(values, true, 0, [&](int j, int c, float value) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float& sum = y[r / 2][4 * j + r % 2 * 2 + c];
+        sum = __fadd_rn(sum, __fmul_rn(of_row[r], value));
+      }
+    });
   }
 }
 
@@ -150,22 +184,21 @@ __device__ __forceinline__ void Cast(float first, float second, __half2* out) {
   *out = __floats2half2_rn(first, second);
 }
 
-// Writes one warpgroup's 64 rows of a tile, in boxes of 128 bytes a row.
-template <int kBlockN, typename Pair>
+// Writes 64 rows of a tile, from first_row on, in boxes of 128 bytes a row.
+template <typename Pair>
 __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
-                                      uint8_t (&buffers)[kStoreBuffers][kStoreBytes], int warpgroup,
-                                      Tile tile, const float (&y)[kBlockN / 2]) {
+                                      uint8_t (&buffers)[kStoreBuffers][kStoreBytes], int barrier,
+                                      const Tile& tile, int first_row, const Sums& y) {
   constexpr int kElementBytes = sizeof(Pair) / 2;
   constexpr int kBoxCols = 128 / kElementBytes;
   static_assert(kBlockN % kBoxCols == 0 && kBoxCols % 8 == 0);
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
-  const int first_row = tile.row + 64 * warpgroup;
 #pragma unroll
   for (int box = 0; box < kBlockN / kBoxCols; ++box) {
     uint8_t* buffer = buffers[box % kStoreBuffers];
     if (thread == 0) TensorStoreWaitRead<kStoreBuffers - 1>();
-    NamedBarrier(1 + warpgroup, kWarpgroup);
+    NamedBarrier(barrier, kWarpgroup);
     // The copy engine's 128-byte swizzle: it also spreads a warp's writes over all banks.
     auto at = [&](int row, int byte) {
       return buffer + row * 128 + ((byte / 16 ^ row % 8) * 16 + byte % 16);
@@ -183,7 +216,7 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
     const int first_col = tile.col + box * kBoxCols;
     if (p.bulk_store) {
       FenceAsyncProxy();
-      NamedBarrier(1 + warpgroup, kWarpgroup);
+      NamedBarrier(barrier, kWarpgroup);
       if (thread == 0) {
         TensorStore(&y_map, buffer, first_col, first_row, tile.batch);
         TensorStoreCommit();
@@ -191,11 +224,11 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
     } else {
       // Rows that the copy engine cannot address go out an element at a time.
       using Element = std::conditional_t<kElementBytes == 4, uint32_t, uint16_t>;
-      NamedBarrier(1 + warpgroup, kWarpgroup);
-      const int rows = min(64, p.m - first_row), cols = min(kBoxCols, p.n - first_col);
+      NamedBarrier(barrier, kWarpgroup);
+      const int rows = min(kWgmmaM, p.m - first_row), cols = min(kBoxCols, p.n - first_col);
       Element* y_box =
           static_cast<Element*>(p.y) + (int64_t{tile.batch} * p.m + first_row) * p.n + first_col;
-      for (int i = thread; i < 64 * kBoxCols; i += kWarpgroup) {
+      for (int i = thread; i < kWgmmaM * kBoxCols; i += kWarpgroup) {
         const int row = i / kBoxCols, col = i % kBoxCols;
         if (row < rows && col < cols) {
           y_box[int64_t{row} * p.n + col] =
@@ -206,25 +239,31 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
   }
 }
 
-template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote>
+template <bool kAE5M2, bool kBE5M2, bool kPromote>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     GemmKernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
                const __grid_constant__ CUtensorMap y_map, const Params p) {
+  // A warpgroup's share of the tiles, and of a tile: every second one whole, or half of every one.
+  constexpr int kTurns = kPromote ? 1 : kConsumers;
+  constexpr int kHalves = kPromote ? 1 : kBlockM / kWgmmaM;
+
   extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<Shared<kBlockN>*>(
-      (reinterpret_cast<uintptr_t>(raw) + kAlignment - 1) / kAlignment * kAlignment);
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  auto& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + kAlignment - 1) /
+                                            kAlignment * kAlignment);
+  // Broadcast, so that the compiler keeps in uniform registers what follows from it.
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
   const int k_blocks = (p.k + kBlockK - 1) / kBlockK;
-  const Schedule<kBlockN> schedule(p.batch, p.m, p.n);
+  const Schedule schedule(p.batch, p.m, p.n);
   const int cluster = blockIdx.x / kCluster;
   const int clusters = gridDim.x / kCluster;
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages<kBlockN>; ++s) {
+    for (int s = 0; s < kStages; ++s) {
       BarrierInit(&shared.full[s], 1);
-      // Every consumer warp of both blocks, since each block writes into the other's stage.
-      BarrierInit(&shared.empty[s], kCluster * kConsumers * kWarpgroup / kWarp);
+      // Every warp that reads a stage, in both blocks, since each block writes into the other's.
+      BarrierInit(&shared.empty[s], kCluster * (kConsumers / kTurns) * (kWarpgroup / kWarp));
     }
+    for (int w = 0; w < kConsumers; ++w) BarrierInit(&shared.turn[w], 1);
     FenceBarrierInit();
   }
   ClusterSync();
@@ -232,87 +271,102 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   if (warpgroup == kConsumers) {
     RegistersDecrease<kProducerRegisters>();
     if (threadIdx.x == kConsumers * kWarpgroup) {
-      constexpr int kHalfN = kBlockN / kCluster;
-      const int half = ClusterRank() * kHalfN;
-      int step = 0;
+      constexpr int kPartN = kBlockN / kCluster;
+      const int part = ClusterRank() * kPartN;
+      Ring ring;
       for (int index = cluster; index < schedule.total; index += clusters) {
         const Tile tile = schedule[index];
-        for (int kb = 0; kb < k_blocks; ++kb, ++step) {
-          const int s = step % kStages<kBlockN>;
-          Stage<kBlockN>& stage = shared.stages[s];
-          BarrierWait<true>(&shared.empty[s], (step / kStages<kBlockN> & 1) ^ 1);
-          BarrierExpect(&shared.full[s], sizeof(Stage<kBlockN>));
-          TensorLoad(stage.a, &a_map, &shared.full[s], kb * kBlockK, tile.row, tile.batch);
-          TensorLoadMulticast(stage.b + half * kBlockK, &b_map, &shared.full[s],
-                              (1 << kCluster) - 1, kb * kBlockK, tile.col + half, tile.batch);
+        for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
+          Stage& stage = shared.stages[ring.stage];
+          uint64_t* full = &shared.full[ring.stage];
+          BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
+          BarrierExpect(full, sizeof(Stage));
+          TensorLoad(stage.a, &a_map, full, kb * kBlockK, tile.row, tile.batch);
+          TensorLoadMulticast(stage.b + part * kBlockK, &b_map, full, (1 << kCluster) - 1,
+                              kb * kBlockK, tile.col + part, tile.batch);
         }
       }
     }
   } else {
     RegistersIncrease<kConsumerRegisters>();
     const int lane = threadIdx.x % kWarp;
-    int step = 0;
-    auto release = [&](int s) {
-      if (lane < kCluster) BarrierArriveRemote(&shared.empty[s], lane);
+    const int warp_row = threadIdx.x % kWarpgroup / kWarp * 16 + lane / 4;
+    const int turn = kPromote ? 0 : warpgroup;
+    // A warpgroup begins a tile when the other has seen all of the tile before arrive. Only then do
+    // the parities of the full stages tell the phase it waits for from the one before the last.
+    int turn_parity = turn == 0 ? 1 : 0;
+    const int block_row = kPromote ? warpgroup * kWgmmaM : 0;
+    auto release = [&](int stage) {
+      if (lane < kCluster) BarrierArriveRemote(&shared.empty[stage], lane);
     };
-    for (int index = cluster; index < schedule.total; index += clusters) {
+    Ring ring;
+    ring.Advance(turn * k_blocks);
+    for (int index = cluster + turn * clusters; index < schedule.total;
+         index += kTurns * clusters) {
       const Tile tile = schedule[index];
-      float sums[kBlockN / 2];
-      float partial[kPromote ? kBlockN / 2 : 1];
+      Sums sums[kHalves];
       if constexpr (kPromote) {
 #pragma unroll
-        for (float& sum : sums) sum = 0;
+        for (float& sum : sums[0]) sum = 0;
       }
-      for (int kb = 0; kb < k_blocks; ++kb, ++step) {
-        const int s = step % kStages<kBlockN>;
-        BarrierWait<true>(&shared.full[s], step / kStages<kBlockN> & 1);
-        const uint64_t a = WgmmaDescriptor(shared.stages[s].a + warpgroup * 64 * kBlockK);
-        const uint64_t b = WgmmaDescriptor(shared.stages[s].b);
+      if constexpr (kTurns > 1) {
+        BarrierWait(&shared.turn[turn], turn_parity);
+        turn_parity ^= 1;
+      }
+      int last = 0;
+      for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
+        BarrierWait(&shared.full[ring.stage], ring.parity);
+        const Stage& stage = shared.stages[ring.stage];
+        const uint64_t a = WgmmaDescriptor(stage.a + block_row * kBlockK);
+        const uint64_t b = WgmmaDescriptor(stage.b);
+        Sums partial;
+        auto multiply = [&](Sums& to, int half, int i, bool accumulate) {
+          const uint64_t along_k = i * kWgmmaK >> 4;
+          const uint64_t along_m = half * kWgmmaM * kBlockK >> 4;
+          Wgmma<kBlockN, kAE5M2, kBE5M2>(to, a + along_k + along_m, b + along_k, accumulate);
+        };
         WgmmaFence();
 #pragma unroll
         for (int i = 0; i < kBlockK / kWgmmaK; ++i) {
-          const uint64_t advance = i * kWgmmaK >> 4;
           if constexpr (kPromote) {
-            Wgmma<kBlockN, kAE5M2, kBE5M2>(partial, a + advance, b + advance, i > 0);
+            multiply(partial, 0, i, i > 0);
           } else {
-            Wgmma<kBlockN, kAE5M2, kBE5M2>(sums, a + advance, b + advance, kb > 0 || i > 0);
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+              multiply(sums[half], half, i, kb > 0 || i > 0);
+            }
           }
         }
         WgmmaCommit();
         if constexpr (kPromote) {
           WgmmaWait<0>();
-          release(s);
+          release(ring.stage);
 #pragma unroll
-          for (int i = 0; i < kBlockN / 2; ++i) sums[i] += partial[i];
+          for (int i = 0; i < kBlockN / 2; ++i) sums[0][i] += partial[i];
         } else {
           // The products before these are done: their stage may be filled again.
           WgmmaWait<1>();
-          if (kb > 0) release((step - 1) % kStages<kBlockN>);
+          if (kb > 0) release(last);
+          last = ring.stage;
         }
       }
-      if constexpr (!kPromote) {
+      if constexpr (kTurns > 1) {
+        if (threadIdx.x % kWarpgroup == 0) BarrierArrive(&shared.turn[kTurns - 1 - turn]);
         WgmmaWait<0>();
-        release((step - 1) % kStages<kBlockN>);
+        release(last);
+        // Over the steps of the other warpgroup's tile.
+        ring.Advance((kTurns - 1) * k_blocks);
       }
-      const int64_t first_row = tile.row + threadIdx.x / kWarp * 16 + lane / 4;
-      Place place;
+      Finish(p, tile.batch, tile.row + block_row + warp_row, tile.col + 2 * (lane % 4), sums);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        place.rows[h] = int64_t{tile.batch} * p.m + min(first_row + 8 * h, int64_t{p.m} - 1);
-      }
-      place.col = tile.col + 2 * (lane % 4);
-      Finish(p, tile.batch, place, sums);
-      auto& buffers = shared.store[warpgroup];
-      switch (p.out_type) {
-        case DType::kBF16:
-          Store<kBlockN, __nv_bfloat162>(p, y_map, buffers, warpgroup, tile, sums);
-          break;
-        case DType::kF16:
-          Store<kBlockN, __half2>(p, y_map, buffers, warpgroup, tile, sums);
-          break;
-        case DType::kF32:
-          Store<kBlockN, float2>(p, y_map, buffers, warpgroup, tile, sums);
-          break;
+      for (int half = 0; half < kHalves; ++half) {
+        auto store = [&](auto pair) {
+          Store<decltype(pair)>(p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
+                                tile.row + block_row + half * kWgmmaM, sums[half]);
+        };
+        if (p.out_type == DType::kBF16) store(__nv_bfloat162());
+        if (p.out_type == DType::kF16) store(__half2());
+        if (p.out_type == DType::kF32) store(float2());
       }
     }
     if (threadIdx.x % kWarpgroup == 0) TensorStoreWaitRead<0>();
@@ -324,10 +378,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 
 int OutBytes(DType type) { return type == DType::kF32 ? 4 : 2; }
 
-template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote>
+template <bool kAE5M2, bool kBE5M2, bool kPromote>
 cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(Shared<kBlockN>) + kAlignment;
-  static_assert(kSharedBytes <= kSharedLimit && kStages<kBlockN> >= 4);
   const Params p{
       static_cast<int>(g.batch),
       static_cast<int>(g.m),
@@ -355,53 +407,33 @@ cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
     const CUtensorMapDataType type = g.out_type == DType::kBF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                      : g.out_type == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-    status = MakeTensorMap(&y_map, type, OutBytes(g.out_type), g.y, g.batch, g.m, g.n, 64,
-                           128 / OutBytes(g.out_type), CU_TENSOR_MAP_SWIZZLE_128B);
+    const int bytes = OutBytes(g.out_type);
+    status = MakeTensorMap(&y_map, type, bytes, g.y, g.batch, g.m, g.n, kWgmmaM, 128 / bytes,
+                           CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
   }
-  auto kernel = GemmKernel<kBlockN, kAE5M2, kBE5M2, kPromote>;
+  auto kernel = GemmKernel<kAE5M2, kBE5M2, kPromote>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  const Schedule<kBlockN> schedule(p.batch, p.m, p.n);
-  const int clusters = std::min(sms / kCluster, schedule.total);
+  const int clusters = std::min(sms / kCluster, Schedule(p.batch, p.m, p.n).total);
   kernel<<<clusters * kCluster, kThreads, kSharedBytes, stream>>>(a_map, b_map, y_map, p);
   return cudaGetLastError();
-}
-
-// Time of a product with this tile in units of one column: rounds of tiles over the GPU, and per
-// round the columns and what a tile costs beyond them.
-template <int kBlockN>
-int64_t Cost(const Gemm& g, int sms) {
-  constexpr int kTileOverhead = 32;
-  const Schedule<kBlockN> schedule(g.batch, g.m, g.n);
-  const int64_t rounds = (schedule.total + sms / kCluster - 1) / (sms / kCluster);
-  return rounds * (kBlockN + kTileOverhead);
-}
-
-template <bool kAE5M2, bool kBE5M2>
-cudaError_t Dispatch(const Gemm& g, int sms, cudaStream_t stream) {
-  // Two sets of accumulators leave registers for half the columns.
-  if (g.promote) return Launch<128, kAE5M2, kBE5M2, true>(g, sms, stream);
-  const int64_t least = std::min({Cost<128>(g, sms), Cost<192>(g, sms), Cost<256>(g, sms)});
-  if (least == Cost<256>(g, sms)) return Launch<256, kAE5M2, kBE5M2, false>(g, sms, stream);
-  if (least == Cost<192>(g, sms)) return Launch<192, kAE5M2, kBE5M2, false>(g, sms, stream);
-  return Launch<128, kAE5M2, kBE5M2, false>(g, sms, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   if (g.batch == 0 || g.m == 0 || g.n == 0) return cudaSuccess;
-  if (g.k == 0 || g.k % 16 != 0) return cudaErrorInvalidValue;
+  if (g.k == 0 || g.k % 16 != 0 || (g.a_e5m2 && g.b_e5m2)) return cudaErrorInvalidValue;
   int device, sms;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  if (g.a_e5m2 && g.b_e5m2) return cudaErrorInvalidValue;
-  if (g.a_e5m2) return Dispatch<true, false>(g, sms, stream);
-  if (g.b_e5m2) return Dispatch<false, true>(g, sms, stream);
-  return Dispatch<false, false>(g, sms, stream);
+  auto launch = g.a_e5m2   ? (g.promote ? Launch<true, false, true> : Launch<true, false, false>)
+                : g.b_e5m2 ? (g.promote ? Launch<false, true, true> : Launch<false, true, false>)
+                           : (g.promote ? Launch<false, false, true> : Launch<false, false, false>);
+  return launch(g, sms, stream);
 }
 
 }  // namespace jfp4

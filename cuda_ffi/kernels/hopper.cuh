@@ -61,31 +61,20 @@ __device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
 
 // Arrives at the barrier that has the same place in the shared memory of block `rank`.
 __device__ __forceinline__ void BarrierArriveRemote(uint64_t* barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                   MapToRank(SharedAddress(barrier), rank))
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(MapToRank(SharedAddress(barrier), rank))
+      : "memory");
 }
 
-// Waits until the phase of this parity has completed. `kCluster` where other blocks arrive too.
-template <bool kCluster = false>
+// Waits until the phase of this parity has completed.
 __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
-  if constexpr (kCluster) {
-    asm volatile(
-        "{\n\t.reg .pred done;\n"
-        "again:\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
-        "@!done bra again;\n\t}" ::"r"(SharedAddress(barrier)),
-        "r"(parity)
-        : "memory");
-  } else {
-    asm volatile(
-        "{\n\t.reg .pred done;\n"
-        "again:\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-        "@!done bra again;\n\t}" ::"r"(SharedAddress(barrier)),
-        "r"(parity)
-        : "memory");
-  }
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again;\n\t}" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
 }
 
 // --- bulk tensor copies ---
