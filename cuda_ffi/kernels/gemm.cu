@@ -127,15 +127,29 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
       out[r] = values[(first_row + in_range) * stride];
     }
   };
-  // Calls f(j, c, value) with the number that every column has in `values`.
+  // Calls f(j, c, value) with the number that every column has in `values`, or with `value`.
   auto for_columns = [&](const float* values, bool per_column, float value, auto f) {
+    auto pass = [&](auto inside) {
 #pragma unroll
-    for (int i = 0; i < kBlockN / 4; ++i) {
-      const int offset = i / 2 * 8 + i % 2;
-      // Keeps the loads near their use: the registers would not hold them all beside the sums.
-      if (i % 16 == 0) asm volatile("" : "+r"(col)::"memory");
-      if (per_column && col + offset < p.n) value = values[offset];
-      f(i / 2, i % 2, value);
+      for (int j = 0; j < kBlockN / 8; ++j) {
+        // Keeps the loads near their use: the registers would not hold them all beside the sums.
+        if (j % 8 == 0) asm volatile("" : "+r"(col)::"memory");
+        float2 pair = make_float2(value, value);
+        if constexpr (decltype(inside)::value) {
+          pair = *reinterpret_cast<const float2*>(values + 8 * j);
+        } else if (per_column) {
+          if (col + 8 * j < p.n) pair.x = values[8 * j];
+          if (col + 8 * j + 1 < p.n) pair.y = values[8 * j + 1];
+        }
+        f(j, 0, pair.x);
+        f(j, 1, pair.y);
+      }
+    };
+    const bool aligned = reinterpret_cast<uintptr_t>(values) % sizeof(float2) == 0;
+    if (per_column && aligned && col + kBlockN - 7 < p.n) {
+      pass(std::true_type());
+    } else {
+      pass(std::false_type());
     }
   };
   float of_row[kRows];
@@ -174,24 +188,22 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
   }
 }
 
-__device__ __forceinline__ void Cast(float first, float second, float2* out) {
-  *out = make_float2(first, second);
+__device__ __forceinline__ uint32_t Cast(float first, float second, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
-__device__ __forceinline__ void Cast(float first, float second, __nv_bfloat162* out) {
-  *out = __floats2bfloat162_rn(first, second);
-}
-__device__ __forceinline__ void Cast(float first, float second, __half2* out) {
-  *out = __floats2half2_rn(first, second);
+__device__ __forceinline__ uint32_t Cast(float first, float second, __half) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 // Writes 64 rows of a tile, from first_row on, in boxes of 128 bytes a row.
-template <typename Pair>
+template <typename Element>
 __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
                                       uint8_t (&buffers)[kStoreBuffers][kStoreBytes], int barrier,
                                       const Tile& tile, int first_row, const Sums& y) {
-  constexpr int kElementBytes = sizeof(Pair) / 2;
-  constexpr int kBoxCols = 128 / kElementBytes;
-  static_assert(kBlockN % kBoxCols == 0 && kBoxCols % 8 == 0);
+  constexpr int kBoxCols = 128 / sizeof(Element);
+  static_assert(kBlockN % kBoxCols == 0 && kBoxCols % 16 == 0);
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
 #pragma unroll
@@ -203,14 +215,22 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
     auto at = [&](int row, int byte) {
       return buffer + row * 128 + ((byte / 16 ^ row % 8) * 16 + byte % 16);
     };
+    const int warp_row = thread / kWarp * 16;
 #pragma unroll
-    for (int j = 0; j < kBoxCols / 8; ++j) {
+    for (int j = 0; j < kBoxCols / 8; j += 2) {
+      const float* sums = y + (box * kBoxCols / 8 + j) * 4;
+      if constexpr (sizeof(Element) == 2) {
+        uint32_t pairs[4];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = (box * kBoxCols / 8 + j) * 4 + 2 * h;
-        const int row = thread / kWarp * 16 + lane / 4 + 8 * h;
-        Pair* out = reinterpret_cast<Pair*>(at(row, (8 * j + 2 * (lane % 4)) * kElementBytes));
-        Cast(y[i], y[i + 1], out);
+        for (int i = 0; i < 4; ++i) pairs[i] = Cast(sums[2 * i], sums[2 * i + 1], Element());
+        StoreMatrices(at(warp_row + lane % 16, 16 * (j + lane / 16)), pairs);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = warp_row + lane / 4 + i % 2 * 8;
+          *reinterpret_cast<float2*>(at(row, 32 * (j + i / 2) + 8 * (lane % 4))) =
+              make_float2(sums[2 * i], sums[2 * i + 1]);
+        }
       }
     }
     const int first_col = tile.col + box * kBoxCols;
@@ -223,7 +243,6 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
       }
     } else {
       // Rows that the copy engine cannot address go out an element at a time.
-      using Element = std::conditional_t<kElementBytes == 4, uint32_t, uint16_t>;
       NamedBarrier(barrier, kWarpgroup);
       const int rows = min(kWgmmaM, p.m - first_row), cols = min(kBoxCols, p.n - first_col);
       Element* y_box =
@@ -232,7 +251,7 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
         const int row = i / kBoxCols, col = i % kBoxCols;
         if (row < rows && col < cols) {
           y_box[int64_t{row} * p.n + col] =
-              *reinterpret_cast<const Element*>(at(row, col * kElementBytes));
+              *reinterpret_cast<const Element*>(at(row, col * sizeof(Element)));
         }
       }
     }
@@ -338,6 +357,12 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
           }
         }
         WgmmaCommit();
+        if constexpr (kTurns > 1) {
+          // The other warpgroup's first products queue up behind the last ones of this tile.
+          if (kb == k_blocks - 1 && threadIdx.x % kWarpgroup == 0) {
+            BarrierArrive(&shared.turn[kTurns - 1 - turn]);
+          }
+        }
         if constexpr (kPromote) {
           WgmmaWait<0>();
           release(ring.stage);
@@ -351,7 +376,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         }
       }
       if constexpr (kTurns > 1) {
-        if (threadIdx.x % kWarpgroup == 0) BarrierArrive(&shared.turn[kTurns - 1 - turn]);
         WgmmaWait<0>();
         release(last);
         // Over the steps of the other warpgroup's tile.
@@ -360,13 +384,13 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       Finish(p, tile.batch, tile.row + block_row + warp_row, tile.col + 2 * (lane % 4), sums);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        auto store = [&](auto pair) {
-          Store<decltype(pair)>(p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
-                                tile.row + block_row + half * kWgmmaM, sums[half]);
+        auto store = [&](auto element) {
+          Store<decltype(element)>(p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
+                                   tile.row + block_row + half * kWgmmaM, sums[half]);
         };
-        if (p.out_type == DType::kBF16) store(__nv_bfloat162());
-        if (p.out_type == DType::kF16) store(__half2());
-        if (p.out_type == DType::kF32) store(float2());
+        if (p.out_type == DType::kBF16) store(__nv_bfloat16());
+        if (p.out_type == DType::kF16) store(__half());
+        if (p.out_type == DType::kF32) store(float());
       }
     }
     if (threadIdx.x % kWarpgroup == 0) TensorStoreWaitRead<0>();

@@ -129,6 +129,15 @@ __device__ __forceinline__ void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Stores a warp's four 8 x 8 matrices of 16-bit elements, laid out over the lanes as accumulators
+// are: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void StoreMatrices(void* row, const uint32_t (&pairs)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(SharedAddress(row)),
+      "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+      : "memory");
+}
+
 // --- warpgroups ---
 
 // A barrier among `threads` threads; 0 is __syncthreads' own.
