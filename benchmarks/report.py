@@ -1,12 +1,12 @@
-"""Writes docs/results.md, its picture, and the README's table from benchmarks/results/.
+"""Writes docs/results.md, docs/kernels.md's numbers, pictures and the README's tables.
 
 ``python -m benchmarks.report`` measures nothing; every number it prints was written by a
-benchmark. ``--check`` writes nothing and fails if what is there is out of date.
+benchmark to benchmarks/results/. ``--check`` writes nothing and fails if what is there is out of
+date.
 """
 
 import json
 import math
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -15,21 +15,25 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks import report_kernels
 from benchmarks.provenance import RESULTS, ROOT
 
-DOC, PICTURE, README = ROOT / "docs/results.md", ROOT / "docs/loss.png", ROOT / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+README = ROOT / "README.md"
+DOC, PICTURE = ROOT / "docs/results.md", ROOT / "docs/loss.png"
+KERNELS, KERNELS_PICTURE = ROOT / "docs/kernels.md", ROOT / "docs/kernels.png"
 
 
 def main() -> int:
     """Writes the documents, or compares them; returns the exit status."""
     loss = json.loads((RESULTS / "loss.json").read_text())
     cpus = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
-    readme = README.read_text()
-    table = f"{BEGIN}\n{loss_table(loss)}\n{END}"
+    kernels = report_kernels.load()
+    tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels)}
+    measured = {"measurements": report_kernels.measurements(kernels)}
     wanted = {
         DOC: document(loss, cpus),
-        README: re.sub(f"{BEGIN}.*?{END}", lambda _: table, readme, flags=re.DOTALL),
+        README: fill(README.read_text(), tables),
+        KERNELS: fill(KERNELS.read_text(), measured),
     }
     if "--check" in sys.argv[1:]:
         stale = [str(path) for path, text in wanted.items() if path.read_text() != text]
@@ -39,7 +43,18 @@ def main() -> int:
     for path, text in wanted.items():
         path.write_text(text)
     draw(loss, PICTURE)
+    report_kernels.draw(kernels, KERNELS_PICTURE)
     return 0
+
+
+def fill(text: str, bodies: dict[str, str]) -> str:
+    """The text with each body between its two comments, where it has them."""
+    for name, body in bodies.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in text:
+            head, _, rest = text.partition(begin)
+            text = f"{head}{begin}\n{body}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def document(loss: dict[str, Any], cpus: list[dict[str, Any]]) -> str:

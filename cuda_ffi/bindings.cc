@@ -50,6 +50,8 @@ py::dict Registrations() {
 PYBIND11_MODULE(_kernels, m) {
   m.doc() = "XLA FFI handlers of jfp4, by platform and target.";
   m.attr("interface") = kInterface;
+  // Whose headers these handlers were built with: XLA takes them up to its own version.
+  m.attr("jaxlib") = JFP4_JAXLIB_VERSION;
   m.def("registrations", &Registrations,
         "Capsules of the handlers, {platform: {target: capsule}}; none for CUDA where the module "
         "was built without a CUDA compiler.");

@@ -1,12 +1,12 @@
-"""QTensor: a quantised tensor."""
+"""QTensor, a quantised tensor, and PackedQTensor, the same with two codes a byte."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, UInt8
 
-from jfp4.formats import get_format
+from jfp4.formats import get_format, pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -78,3 +78,66 @@ class QTensor:
         width = get_format(self.format).bits / 8 if packed else 1
         rest = self.scale.size + (0 if self.shift is None else self.shift.size)
         return int(-(-self.codes.size * width // 1)) + 4 * rest
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedQTensor:
+    """A quantised matrix in half the bytes: 4-bit codes packed along the contraction.
+
+    An operand of ``gemm`` that is read from memory more than it is multiplied, such as a weight in
+    generation, or what is stored and sent.
+
+    Invariants:
+      * ``packed`` holds the codes with the contraction last, whichever axis of the matrix that is:
+        of [k, n] contracted over axis 0, it is [n, ceil(k / 2)]; see ``formats.pack``.
+      * ``scale`` is that of the QTensor.
+
+    Attributes:
+        packed: two codes a byte, the earlier in the low nibble.
+        scale: float32 multiplier.
+        format: name of a 4-bit element format.
+        axis: the axis to contract over, 0 or 1.
+        length: the contraction's length.
+    """
+
+    packed: UInt8[Array, "r p"]
+    scale: Float32[Array, "..."]
+    format: str = dataclasses.field(metadata={"static": True})
+    axis: int = dataclasses.field(metadata={"static": True})
+    length: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def pack(cls, q: QTensor, axis: int | None = None) -> "PackedQTensor":
+        """Packs a matrix along ``axis``, or along ``q.axis`` where none is given.
+
+        Raises:
+            ValueError: ``q`` is not a matrix, has a shift or an 8-bit format, or there is no axis.
+        """
+        axis = q.axis if axis is None else axis
+        if q.ndim != 2:
+            raise ValueError(f"q has shape {q.shape}; expected a matrix")
+        if q.shift is not None:
+            raise ValueError(f"q has a shift of shape {q.shift.shape}; expected none")
+        if axis not in (0, 1):
+            raise ValueError(f"axis={axis}; expected 0 or 1")
+        codes = q.codes if axis == 1 else q.codes.T
+        return cls(pack(codes, q.format), q.scale, q.format, axis, q.shape[axis])
+
+    def unpack(self) -> QTensor:
+        """The QTensor that was packed."""
+        codes = unpack(self.packed, self.length, self.format)
+        return QTensor(
+            codes if self.axis == 1 else codes.T, self.scale, None, self.format, self.axis
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix."""
+        rows = self.packed.shape[0]
+        return (rows, self.length) if self.axis == 1 else (self.length, rows)
+
+    @property
+    def T(self) -> "PackedQTensor":
+        """The transposed matrix, of the same bytes."""
+        return dataclasses.replace(self, scale=self.scale.T, axis=1 - self.axis)

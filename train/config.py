@@ -8,11 +8,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from jfp4.models.config import MODELS, LlamaConfig
+from jfp4.ops.ffi import Backend
 from jfp4.recipe import RECIPES, Recipe
 from train.errors import UserError
 
@@ -139,6 +140,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights and of the data order."""
 
+    backend: Backend | None = None
+    """What computes quantised layers: auto, xla, host or cuda; None takes JFP4_BACKEND, or auto."""
+
     run_dir: str | None = None
     """Where the run is written; None makes a new runs/MODEL-RECIPE-DATE-TIME."""
 
@@ -163,6 +167,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require_known("model", self.model, MODELS)
         _require_known("recipe", self.recipe, RECIPES)
+        if self.backend is not None:
+            _require_known("backend", self.backend, dict.fromkeys(get_args(Backend)))
         _require(self.data != "", "data", "''", '"pystdlib" or a path')
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")

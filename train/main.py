@@ -1,10 +1,12 @@
 """``python -m train.main``: trains a Llama."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jfp4.ops import ffi
 from train.config import PROGRAM, TrainConfig, default_run_dir, parse, report_error
 from train.errors import UserError
 
@@ -27,11 +29,20 @@ def run(config: TrainConfig) -> int:
     Raises:
         UserError: a mistake that the user can mend.
     """
+    with contextlib.nullcontext() if config.backend is None else ffi.backend(config.backend):
+        return _run(config)
+
+
+def _run(config: TrainConfig) -> int:
     # Imported late, so that a mistyped flag is answered at once.
     from train import data, loop, plan, rundir
     from train.step import Trainer
 
     run_dir = Path(config.run_dir or default_run_dir(config, time.strftime("%Y%m%d-%H%M%S")))
+    try:
+        served = ffi.backends()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
     trainer = Trainer(config)
     if config.plan:
         planned, _ = plan.make_plan(trainer)
@@ -48,6 +59,8 @@ def run(config: TrainConfig) -> int:
             f"{config.model} a vocabulary of {config.llama.vocab_size:,}; set --model.vocab_size"
         )
     rundir.check_data(run_dir, corpus.fingerprint)
+    if config.quantization.quantizes:
+        print(served, file=sys.stderr)
     print(f"{config.model} in {config.recipe}: compiling", file=sys.stderr, flush=True)
     planned, step_fn = plan.make_plan(trainer)
     if not planned.fits or step_fn is None:

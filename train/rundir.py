@@ -14,8 +14,8 @@ from train.errors import UserError
 CONFIG = "config.json"
 PACKAGES = ("jfp4", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
-FREE = ("resume", "plan", "run_dir", "data", "tokenizer", "eval_every", "eval_batches", "log",
-        "checkpoint")  # fmt: skip
+FREE = ("resume", "plan", "backend", "run_dir", "data", "tokenizer", "eval_every", "eval_batches",
+        "log", "checkpoint")  # fmt: skip
 """Fields that may change when a run goes on: they change no parameter (data goes by content)."""
 
 

@@ -1,52 +1,258 @@
 #include "cuda_ffi/host/product.h"
 
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
+#include "cuda_ffi/host/codes.h"
 #include "cuda_ffi/host/element.h"
 #include "cuda_ffi/host/parallel.h"
+#include "cuda_ffi/host/tiles.h"
 
 namespace jfp4::host {
 namespace {
 
-double Dot(const float* a, const float* b, int64_t k) {
-  constexpr int64_t kLanes = 8;
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += double{a[i + j]} * b[i + j];
+using Pool = xla::ffi::ThreadPool;
+
+constexpr int64_t RoundUp(int64_t v, int64_t multiple) {
+  return (v + multiple - 1) / multiple * multiple;
+}
+
+// An operand of one product: rows of codes along the contraction.
+struct Operand {
+  const uint8_t* data;
+  Encoding encoding;
+  int64_t rows, k;
+
+  int64_t row_bytes() const { return encoding == Encoding::kNibbles ? k / 2 : k; }
+
+  // The codes [begin, end) of a row, as bytes of E4M3 or E5M2.
+  void Read(int64_t row, int64_t begin, int64_t end, uint8_t* to) const {
+    const uint8_t* from = data + row * row_bytes();
+    if (encoding != Encoding::kNibbles) {
+      std::copy(from + begin, from + end, to);
+      return;
+    }
+    for (int64_t i = begin; i < end; ++i) *to++ = ByteOf(i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15);
   }
-  for (; i < k; ++i) lanes[0] += double{a[i]} * b[i];
-  double sum = 0;
-  for (const double lane : lanes) sum += lane;
-  return sum;
+
+  float Value(uint8_t byte) const { return CodeValue(byte, encoding == Encoding::kE5M2); }
+};
+
+// The integers `factor * code` of an operand, where they are small enough.
+struct Lattice {
+  int32_t factor;
+  int32_t max;
+  int8_t table[256];
+};
+
+// Whether all codes of an operand are multiples of 1/4 up to 16, as those of the 4-bit formats are.
+bool FindLattice(const Operand& x, Pool pool, Lattice& lattice) {
+  constexpr int32_t kFactor = 4, kMax = 64;
+  constexpr int64_t kRows = 64;
+  const int64_t blocks = (x.rows + kRows - 1) / kRows;
+  std::vector<uint8_t> found(blocks * 256);
+  ParallelFor(pool, blocks, [&](int64_t block) {
+    uint8_t* seen = found.data() + block * 256;
+    const int64_t begin = block * kRows, end = std::min(x.rows, begin + kRows);
+    const uint8_t* data = x.data + begin * x.row_bytes();
+    const int64_t bytes = (end - begin) * x.row_bytes();
+    if (x.encoding == Encoding::kNibbles) {
+      std::fill_n(seen, 256, 0);
+      for (int i = 0; i < 16; ++i) seen[ByteOf(i)] = 1;
+      return;
+    }
+    for (int64_t i = 0; i < bytes; ++i) seen[data[i]] = 1;
+  });
+  int32_t largest = 0, any = 0;
+  for (int byte = 0; byte < 256; ++byte) {
+    bool seen = false;
+    for (int64_t block = 0; block < blocks; ++block) seen |= found[block * 256 + byte];
+    if (!seen) continue;
+    const float v = x.Value(byte) * kFactor;
+    if (!(std::fabs(v) <= kMax) || v != std::nearbyint(v)) return false;
+    lattice.table[byte] = static_cast<int8_t>(v);
+    largest = std::max(largest, std::abs(static_cast<int32_t>(v)));
+    any |= static_cast<int32_t>(v);
+  }
+  lattice.factor = kFactor;
+  if (any % 2 == 0) {
+    lattice.factor /= 2;
+    largest /= 2;
+    for (int8_t& v : lattice.table) v /= 2;
+  }
+  lattice.max = std::max(largest, 1);
+  return true;
+}
+
+// Codes as integers plus `offset`, in rows padded with zeros to kIntegerStep, and the sums of rows.
+template <typename T>
+struct IntegerPanel {
+  IntegerPanel(const Operand& x, const Lattice& lattice, int32_t offset, int64_t row_multiple,
+               Pool pool)
+      : k(RoundUp(x.k, kIntegerStep)), values(RoundUp(x.rows, row_multiple) * k), sums(x.rows) {
+    T table[256];
+    for (int i = 0; i < 256; ++i) table[i] = static_cast<T>(lattice.table[i] + offset);
+    ParallelFor(pool, x.rows, [&](int64_t row) {
+      constexpr int64_t kChunk = 512;
+      uint8_t bytes[kChunk];
+      T* to = values.data() + row * k;
+      int32_t sum = 0;
+      for (int64_t p = 0; p < x.k; p += kChunk) {
+        const int64_t count = std::min(kChunk, x.k - p);
+        x.Read(row, p, p + count, bytes);
+        for (int64_t i = 0; i < count; ++i) sum += to[p + i] = table[bytes[i]];
+      }
+      sums[row] = sum;
+    });
+  }
+
+  int64_t k;
+  std::vector<T> values;
+  std::vector<int32_t> sums;
+};
+
+// What is done to the sums of a product.
+struct Epilogue {
+  const Gemm& args;
+  int64_t batch;
+
+  // Sums of columns [col, col + count) of a row, which are overwritten.
+  void Finish(int64_t row, int64_t col, int64_t count, float* sums) const {
+    const Gemm& g = args;
+    const float a_scale = g.a_scale[g.a_scale_size == 1 ? batch : batch * g.m + row];
+    const float* b_scale = g.b_scale + batch * g.b_scale_size;
+    for (int64_t c = 0; c < count; ++c) {
+      sums[c] = (sums[c] * a_scale) * b_scale[g.b_scale_size == 1 ? 0 : col + c];
+    }
+    if (g.rank > 0) {
+      const float* u = g.u + (batch * g.m + row) * g.rank;
+      const float* v = g.v + batch * g.rank * g.n + col;
+      for (int64_t c = 0; c < count; ++c) {
+        float term = 0;
+        for (int64_t r = 0; r < g.rank; ++r) term += u[r] * v[r * g.n + c];
+        sums[c] += term;
+      }
+    }
+    if (g.bias != nullptr) {
+      for (int64_t c = 0; c < count; ++c) sums[c] += g.bias[batch * g.n + col + c];
+    }
+    Store(sums, count, g.out_type, g.y, (batch * g.m + row) * g.n + col);
+  }
+};
+
+// Calls work(row, col, rows, cols) for blocks that cover a matrix.
+template <typename Work>
+void ForBlocks(int64_t m, int64_t n, int64_t rows, int64_t cols, Pool pool, const Work& work) {
+  const int64_t down = (m + rows - 1) / rows, across = (n + cols - 1) / cols;
+  ParallelFor(pool, down * across, [&](int64_t i) {
+    const int64_t row = i / across * rows, col = i % across * cols;
+    work(row, col, std::min(rows, m - row), std::min(cols, n - col));
+  });
+}
+
+void MultiplyIntegers(const Operand& a, const Lattice& la, const Operand& b, const Lattice& lb,
+                      const Epilogue& epilogue, Pool pool) {
+  constexpr int64_t kRows = 64, kCols = 128;
+  static_assert(kRows % kIntegerRows == 0 && kCols % kIntegerCols == 0);
+  static const IntegerTile tile = ChooseIntegerTile();
+  // The instructions want a unsigned: its offset adds a multiple of b's sum.
+  const IntegerPanel<uint8_t> pa(a, la, la.max, kIntegerRows, pool);
+  const IntegerPanel<int8_t> pb(b, lb, 0, kIntegerCols, pool);
+  const int64_t k = pa.k, steps = 32767 / (4 * la.max * lb.max) / (kIntegerStep / 32);
+  const float unit = 1.0f / static_cast<float>(la.factor * lb.factor);
+  ForBlocks(a.rows, b.rows, kRows, kCols, pool,
+            [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
+              float sums[kRows * kCols];
+              for (int64_t j = 0; j < cols; j += kIntegerCols) {
+                for (int64_t i = 0; i < rows; i += kIntegerRows) {
+                  int32_t c[kIntegerRows * kIntegerCols];
+                  tile(pa.values.data() + (row + i) * k, pb.values.data() + (col + j) * k, k, steps,
+                       c);
+                  for (int64_t di = 0; di < std::min(kIntegerRows, rows - i); ++di) {
+                    for (int64_t dj = 0; dj < std::min(kIntegerCols, cols - j); ++dj) {
+                      const int32_t sum =
+                          c[di * kIntegerCols + dj] - la.max * pb.sums[col + j + dj];
+                      sums[(i + di) * kCols + j + dj] = static_cast<float>(sum) * unit;
+                    }
+                  }
+                }
+              }
+              for (int64_t i = 0; i < rows; ++i) {
+                epilogue.Finish(row + i, col, cols, sums + i * kCols);
+              }
+            });
+}
+
+// Values of rows [row, row + kWidth) for steps [begin, end) of k, a step after the other.
+template <int64_t kWidth>
+void PackFloats(const Operand& x, const float* table, int64_t row, int64_t begin, int64_t end,
+                float* to) {
+  constexpr int64_t kChunk = 256;
+  uint8_t bytes[kChunk];
+  for (int64_t i = 0; i < kWidth; ++i) {
+    for (int64_t p = begin; p < end; p += kChunk) {
+      const int64_t count = std::min(kChunk, end - p);
+      float* out = to + (p - begin) * kWidth + i;
+      if (row + i >= x.rows) {
+        for (int64_t q = 0; q < count; ++q) out[q * kWidth] = 0;
+        continue;
+      }
+      x.Read(row + i, p, p + count, bytes);
+      for (int64_t q = 0; q < count; ++q) out[q * kWidth] = table[bytes[q]];
+    }
+  }
+}
+
+void MultiplyFloats(const Operand& a, const Operand& b, const Epilogue& epilogue, Pool pool) {
+  constexpr int64_t kRows = 96, kCols = 512, kDepth = 256;
+  static_assert(kRows % kFloatRows == 0 && kCols % kFloatCols == 0);
+  static const FloatTile tile = ChooseFloatTile();
+  float ta[256], tb[256];
+  for (int i = 0; i < 256; ++i) ta[i] = a.Value(i), tb[i] = b.Value(i);
+  const int64_t k = a.k, panels = (b.rows + kFloatCols - 1) / kFloatCols;
+  std::vector<float> pb(panels * k * kFloatCols);
+  ParallelFor(pool, panels, [&](int64_t panel) {
+    PackFloats<kFloatCols>(b, tb, panel * kFloatCols, 0, k, pb.data() + panel * k * kFloatCols);
+  });
+  ForBlocks(a.rows, b.rows, kRows, kCols, pool,
+            [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
+              std::vector<float> pa(kRows * kDepth), sums(kRows * kCols);
+              for (int64_t p = 0; p < k; p += kDepth) {
+                const int64_t depth = std::min(kDepth, k - p);
+                for (int64_t i = 0; i < rows; i += kFloatRows) {
+                  PackFloats<kFloatRows>(a, ta, row + i, p, p + depth, pa.data() + i * kDepth);
+                }
+                for (int64_t j = 0; j < cols; j += kFloatCols) {
+                  const float* panel = pb.data() + (col + j) * k + p * kFloatCols;
+                  for (int64_t i = 0; i < rows; i += kFloatRows) {
+                    tile(pa.data() + i * kDepth, panel, depth, sums.data() + i * kCols + j, kCols);
+                  }
+                }
+              }
+              for (int64_t i = 0; i < rows; ++i) {
+                epilogue.Finish(row + i, col, cols, sums.data() + i * kCols);
+              }
+            });
 }
 
 }  // namespace
 
-void Multiply(const Gemm& args, const Decoded& codes, xla::ffi::ThreadPool pool) {
-  const int64_t m = args.m, n = args.n, k = args.k;
-  ParallelFor(pool, args.batch * m, [&](int64_t row) {
-    const int64_t batch = row / m;
-    const float* a = codes.a.data() + row * k;
-    const float* b = codes.b.data() + batch * n * k;
-    const float a_scale = args.a_scale[args.a_scale_size == 1 ? batch : row];
-    const float* b_scale = args.b_scale + batch * args.b_scale_size;
-    std::vector<float> y(n);
-    for (int64_t c = 0; c < n; ++c) {
-      float v = static_cast<float>(Dot(a, b + c * k, k));
-      v = (v * a_scale) * b_scale[args.b_scale_size == 1 ? 0 : c];
-      if (args.rank > 0) {
-        float term = 0;
-        for (int64_t r = 0; r < args.rank; ++r) {
-          term += args.u[row * args.rank + r] * args.v[(batch * args.rank + r) * n + c];
-        }
-        v += term;
-      }
-      if (args.bias != nullptr) v += args.bias[batch * n + c];
-      y[c] = v;
+void Multiply(const Gemm& args, Encoding a_encoding, Encoding b_encoding, Pool pool) {
+  for (int64_t batch = 0; batch < args.batch; ++batch) {
+    Operand a{args.a, a_encoding, args.m, args.k}, b{args.b, b_encoding, args.n, args.k};
+    a.data += batch * a.rows * a.row_bytes();
+    b.data += batch * b.rows * b.row_bytes();
+    const Epilogue epilogue{args, batch};
+    Lattice la{}, lb{};
+    constexpr int64_t kMaxSum = int64_t{1} << 31;
+    if (FindLattice(a, pool, la) && FindLattice(b, pool, lb) &&
+        args.k * 2 * la.max * lb.max < kMaxSum) {
+      MultiplyIntegers(a, la, b, lb, epilogue, pool);
+    } else {
+      MultiplyFloats(a, b, epilogue, pool);
     }
-    Store(y.data(), n, args.out_type, args.y, row * n);
-  });
+  }
 }
 
 }  // namespace jfp4::host

@@ -1,20 +1,19 @@
-// The product that byte codes and packed codes share on the CPU, once they are decoded.
+// The product that byte codes and packed codes share on the CPU.
 #pragma once
 
-#include <vector>
+#include <cstdint>
 
 #include "cuda_ffi/kernels/gemm.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jfp4::host {
 
-// Values of the codes, which are exact in float32, in place of the bytes of `args`.
-struct Decoded {
-  std::vector<float> a, b;
-};
+// How the codes of an operand are written: a byte each, or as E2M1 nibbles, the earlier in the low
+// one.
+enum class Encoding { kE4M3, kE5M2, kNibbles };
 
-// y of `args`, whose own a and b are not looked at. Sums are those of double precision: exact for
-// 4-bit codes, and for others rounded far below float32.
-void Multiply(const Gemm& args, const Decoded& codes, xla::ffi::ThreadPool pool);
+// y of `args`, whose operands are written as `a` and `b` say. Sums of 4-bit codes are exact and then
+// rounded once; others are float32's.
+void Multiply(const Gemm& args, Encoding a, Encoding b, xla::ffi::ThreadPool pool);
 
 }  // namespace jfp4::host

@@ -44,7 +44,7 @@ __host__ __device__ constexpr float FormatMinScale(Format format) {
   }
 }
 
-constexpr bool IsFourBit(Format format) { return format <= Format::kE3M0; }
+__host__ __device__ constexpr bool IsFourBit(Format format) { return format <= Format::kE3M0; }
 
 constexpr uint32_t kInfinityBits = 0x7F800000;
 constexpr uint32_t kNaNBits = 0x7FC00000;
@@ -269,7 +269,7 @@ __device__ __forceinline__ float Code(float x, float inverse_scale, const Limits
 }
 
 // The format whose bytes carry the codes.
-constexpr Format Carrier(Format format, Clip clip) {
+__host__ __device__ constexpr Format Carrier(Format format, Clip clip) {
   return format == Format::kE5M2 && clip != Clip::kCompensate ? Format::kE5M2 : Format::kE4M3;
 }
 

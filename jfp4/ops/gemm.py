@@ -1,5 +1,6 @@
 """The product of two QTensors: exact sums of codes first, then scales, shifts and bias."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,16 +10,21 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32
 
-from jfp4.formats import get_format
-from jfp4.qtensor import QTensor
+from jfp4.formats import FORMATS, Format, get_format
+from jfp4.ops import ffi
+from jfp4.qtensor import PackedQTensor, QTensor
+
+_E5M2 = FORMATS["e5m2"].dtype
+_KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def gemm(
-    a: QTensor,
-    b: QTensor,
+    a: QTensor | PackedQTensor,
+    b: QTensor | PackedQTensor,
     *,
     bias: Float[Array, " n"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.float32,
+    promote: bool = False,
 ) -> Float[Array, "m n"]:
     """``dequantize(a) @ dequantize(b) + bias``, with the sums over codes exact.
 
@@ -28,9 +34,13 @@ def gemm(
 
     Args:
         a: codes [m, k], scale [m, 1] or [1, 1]; shift [m, 1], [1, 1] or [1, k].
-        b: codes [k, n], scale [1, n] or [1, 1]; shift [1, n], [1, 1] or [k, 1].
+        b: codes [k, n], scale [1, n] or [1, 1]; shift [1, n], [1, 1] or [k, 1]. Where both
+            operands are packed along the contraction, kernels multiply them as they are; whatever
+            else is packed is unpacked first.
         bias: added to every row.
         out_dtype: dtype of the result.
+        promote: on GPUs, add up every 128 products along k in float32, where tensor cores keep
+            fewer bits; without effect where sums are exact anyway.
 
     Returns:
         The product, [m, n].
@@ -41,32 +51,94 @@ def gemm(
             varies along the contraction, or ``bias`` is not of length n.
     """
     _check_operands(a, b, bias)
-    y = code_sums(a, b) * a.scale * b.scale
-    if a.shift is not None:
-        y = y + _shift_term(a, b)
-    if b.shift is not None:
-        y = y + _shift_term(b.T, a.T).T
-    if a.shift is not None and b.shift is not None:
-        # Each term above took the other's value with its shift: one of the two counts double.
-        k = a.shape[1]
-        overlap = jnp.broadcast_to(a.shift, (a.shift.shape[0], k)) @ jnp.broadcast_to(
-            b.shift, (k, b.shift.shape[1])
+    bias = None if bias is None else bias.astype(jnp.float32)
+    if isinstance(a, PackedQTensor) and isinstance(b, PackedQTensor):
+        return _packed_gemm(a, b, bias, out_dtype)
+    a, b = (q.unpack() if isinstance(q, PackedQTensor) else q for q in (a, b))
+    fa, fb = get_format(a.format), get_format(b.format)
+    u, v = _shift_terms(a, b)
+
+    def xla(
+        a_codes: Array, a_scale: Array, b_codes: Array, b_scale: Array, *added: Array | None
+    ) -> Array:
+        u, v, bias = added
+        y = _sums(a_codes, b_codes, fa, fb) * a_scale * b_scale
+        if u is not None and v is not None:
+            y = y + jnp.matmul(u, v, precision=lax.Precision.HIGHEST)
+        if bias is not None:
+            y = y + bias
+        return y.astype(out_dtype)
+
+    def kernel(
+        a_codes: Array, a_scale: Array, b_codes: Array, b_scale: Array, *added: Array | None
+    ) -> Array:
+        u, v, bias = added
+        return ffi.gemm(
+            a_codes.astype(fa.dtype),
+            a_scale,
+            b_codes.T.astype(fb.dtype),
+            b_scale,
+            u=u,
+            v=v,
+            bias=bias,
+            out_dtype=out_dtype,
+            promote=promote,
         )
-        y = y - overlap
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    return y.astype(out_dtype)
+
+    operands = (a.codes, a.scale, b.codes, b.scale, u, v, bias)
+    # Tensor cores multiply no E5M2 by E5M2.
+    served = _kernels_take(a.codes, b.codes, out_dtype) and not fa.dtype == fb.dtype == _E5M2
+    return ffi.dispatch("gemm", kernel, xla, *operands) if served else xla(*operands)
 
 
-def _shift_term(a: QTensor, b: QTensor) -> Float32[Array, "#m n"]:
+def _packed_gemm(
+    a: PackedQTensor,
+    b: PackedQTensor,
+    bias: Float32[Array, " n"] | None,
+    out_dtype: jax.typing.DTypeLike,
+) -> Float[Array, "m n"]:
+    def xla(a: PackedQTensor, b: PackedQTensor, bias: Array | None) -> Array:
+        return gemm(a.unpack(), b.unpack(), bias=bias, out_dtype=out_dtype)
+
+    def kernel(a: PackedQTensor, b: PackedQTensor, bias: Array | None) -> Array:
+        return ffi.packed_gemm(a.packed, a.scale, b.packed, b.scale, bias=bias, out_dtype=out_dtype)
+
+    served = _kernels_take(a.packed, b.packed, out_dtype) and a.format == b.format == "e2m1"
+    return ffi.dispatch("packed_gemm", kernel, xla, a, b, bias) if served else xla(a, b, bias)
+
+
+def _kernels_take(a: Array, b: Array, out_dtype: jax.typing.DTypeLike) -> bool:
+    return jnp.dtype(out_dtype) in _KERNEL_DTYPES and a.size > 0 and b.size > 0
+
+
+def _shift_terms(
+    a: QTensor, b: QTensor
+) -> tuple[Float32[Array, "m r"], Float32[Array, "r n"]] | tuple[None, None]:
+    """What shifts add to the product, as one of low rank: a term for each operand that has one."""
+    terms = []
+    if a.shift is not None:
+        terms.append(_shift_term(a, b))
+    if b.shift is not None:
+        # The term above took b's value with its shift; so here a goes without.
+        v, u = _shift_term(b.T, dataclasses.replace(a, shift=None).T)
+        terms.append((u.T, v.T))
+    if not terms:
+        return None, None
+    us, vs = zip(*terms, strict=True)
+    return jnp.concatenate(us, axis=1), jnp.concatenate(vs, axis=0)
+
+
+def _shift_term(a: QTensor, b: QTensor) -> tuple[Float32[Array, "m 1"], Float32[Array, "1 n"]]:
     """``shift(a) @ dequantize(b)``: rank one, for a shift that is constant along one axis."""
     assert a.shift is not None
+    m = a.shape[0]
     if a.shift.shape[1] == 1:  # constant along the contraction: only b's column sums are needed
         columns = jnp.sum(b.codes.astype(jnp.float32), axis=0, keepdims=True) * b.scale
         if b.shift is not None:
             columns = columns + jnp.sum(jnp.broadcast_to(b.shift, b.shape), axis=0, keepdims=True)
-        return a.shift * columns
-    return jnp.matmul(a.shift, b.dequantize(), precision=lax.Precision.HIGHEST)
+        return jnp.broadcast_to(a.shift, (m, 1)), columns
+    row = jnp.matmul(a.shift, b.dequantize(), precision=lax.Precision.HIGHEST)
+    return jnp.ones((m, 1), jnp.float32), row
 
 
 def code_sums(a: QTensor, b: QTensor) -> Float32[Array, "m n"]:
@@ -86,7 +158,10 @@ def code_sums(a: QTensor, b: QTensor) -> Float32[Array, "m n"]:
     Returns:
         Float32 sums [m, n].
     """
-    fa, fb = get_format(a.format), get_format(b.format)
+    return _sums(a.codes, b.codes, get_format(a.format), get_format(b.format))
+
+
+def _sums(a: Array, b: Array, fa: Format, fb: Format) -> Float32[Array, "m n"]:
     small = fa.bits == 4 and fb.bits == 4
     portable = (
         functools.partial(_integer_sums, lattices=(fa.lattice, fb.lattice))
@@ -94,7 +169,7 @@ def code_sums(a: QTensor, b: QTensor) -> Float32[Array, "m n"]:
         else _bfloat16_sums
     )
     float8 = functools.partial(_float8_sums, dtypes=(fa.dtype, fb.dtype))
-    return lax.platform_dependent(a.codes, b.codes, cpu=portable, tpu=portable, default=float8)
+    return lax.platform_dependent(a, b, cpu=portable, tpu=portable, default=float8)
 
 
 def _float8_sums(a: Array, b: Array, dtypes: tuple[np.dtype, np.dtype]) -> Float32[Array, "m n"]:
@@ -121,12 +196,19 @@ def _row_major_matmul(a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
     return jnp.matmul(a, b, preferred_element_type=dtype)
 
 
-def _check_operands(a: QTensor, b: QTensor, bias: Array | None) -> None:
+def _check_operands(
+    a: QTensor | PackedQTensor, b: QTensor | PackedQTensor, bias: Array | None
+) -> None:
     for name, q, contraction in (("a", a, 1), ("b", b, 0)):
-        if not isinstance(q, QTensor):
+        if not isinstance(q, QTensor | PackedQTensor):
             raise TypeError(f"{name} is {type(q).__name__}; expected a QTensor")
-        if q.ndim != 2:
+        if len(q.shape) != 2:
             raise ValueError(f"{name} has shape {q.shape}; expected a matrix")
+        if isinstance(q, PackedQTensor) and q.axis != contraction:
+            raise ValueError(
+                f"{name} has shape {q.shape} and is packed along axis {q.axis}; expected the "
+                f"contraction, axis {contraction}"
+            )
         if q.scale.ndim != 2 or q.scale.shape[contraction] != 1:
             raise ValueError(
                 f"{name} has codes {q.shape} and scale {q.scale.shape}; expected a scale of size 1 "

@@ -10,6 +10,7 @@ which is exact algebra but for the rounding Q of the folded gradient; so the for
 scales are all that the backward needs (arXiv 2501.17116, section 3 and appendix).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,8 +23,14 @@ from jaxtyping import Array, Float, Float32
 from jfp4.ops import dge
 from jfp4.ops.calibration import Calibration, calibrate
 from jfp4.ops.gemm import gemm
-from jfp4.ops.outliers import clamp, quantize_compensated
-from jfp4.ops.quantize import check_float, quantize, to_float32
+from jfp4.ops.outliers import clamp, quantize_compensated, quantize_compensated_both
+from jfp4.ops.quantize import (
+    check_float,
+    quantize,
+    quantize_both,
+    quantize_gradient,
+    to_float32,
+)
 from jfp4.qtensor import QTensor
 from jfp4.recipe import Recipe, get_recipe
 
@@ -85,59 +92,95 @@ def quantize_activation(
         The operand of the product, and the outlier residual where the recipe compensates by a
         second product (None otherwise).
     """
-    assert recipe.x_format is not None
-    axis = 1 if recipe.x_scale == "token" else None
-    if recipe.occ_alpha is None:
-        shift = calibration.mean if recipe.x_shift == "mean" else recipe.x_shift
-        return quantize(x, axis, format=recipe.x_format, shift=shift), None
-    assert calibration.lo is not None and calibration.hi is not None
-    x, _ = to_float32(x, axis)
-    if calibration.mean is not None:
-        x = x - calibration.mean
-    residual = None
-    if recipe.occ_compensation == "operand":
-        q = quantize_compensated(x, calibration.lo, calibration.hi, axis, format=recipe.x_format)
-    else:
-        clamped, residual = clamp(x, calibration.lo, calibration.hi)
-        q = quantize(clamped, axis, format=recipe.x_format)
-        residual = residual if recipe.occ_compensation == "residual" else None
-    return QTensor(q.codes, q.scale, calibration.mean, q.format, q.axis), residual
+    (q,), residual = _quantize_activation(x, recipe, calibration, both=False)
+    return q, residual
 
 
 def quantize_weight(w: Float[Array, "k n"], recipe: Recipe) -> QTensor:
     """Quantises a weight as the recipe says."""
     assert recipe.w_format is not None
-    axis = 0 if recipe.w_scale == "channel" else None
-    return quantize(w, axis, format=recipe.w_format, shift=recipe.w_shift)
+    return quantize(w, _w_axis(recipe), format=recipe.w_format, shift=recipe.w_shift)
+
+
+def _quantize_activation(
+    x: Float[Array, "m k"], recipe: Recipe, calibration: Calibration, *, both: bool
+) -> tuple[tuple[QTensor, ...], Float32[Array, "m k"] | None]:
+    """``quantize_activation``; with ``both`` the operand's transpose as well."""
+    assert recipe.x_format is not None
+    axis = 1 if recipe.x_scale == "token" else None
+
+    def plain(x: Array, shift: str | Array | None) -> tuple[QTensor, ...]:
+        assert recipe.x_format is not None
+        if both:
+            return quantize_both(x, axis, format=recipe.x_format, shift=shift)
+        return (quantize(x, axis, format=recipe.x_format, shift=shift),)
+
+    if recipe.occ_alpha is None:
+        return plain(x, calibration.mean if recipe.x_shift == "mean" else recipe.x_shift), None
+    lo, hi, mean = calibration.lo, calibration.hi, calibration.mean
+    assert lo is not None and hi is not None
+    if mean is not None:
+        x = to_float32(x, axis)[0] - mean
+    residual = None
+    operands: tuple[QTensor, ...]
+    if recipe.occ_compensation != "operand":
+        clamped, residual = clamp(x, lo, hi)
+        operands = plain(clamped, None)
+    elif both:
+        operands = quantize_compensated_both(x, lo, hi, axis, format=recipe.x_format)
+    else:
+        operands = (quantize_compensated(x, lo, hi, axis, format=recipe.x_format),)
+    if mean is not None:
+        shifts = (mean, mean.T)
+        operands = tuple(
+            dataclasses.replace(q, shift=shift) for q, shift in zip(operands, shifts, strict=False)
+        )
+    return operands, residual if recipe.occ_compensation == "residual" else None
+
+
+def _w_axis(recipe: Recipe) -> int | None:
+    return 0 if recipe.w_scale == "channel" else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(
     recipe: Recipe, x: Array, w: Array, bias: Array | None, calibration: Calibration
 ) -> Array:
-    return _fprop(recipe, x, w, bias, calibration)[0]
+    xq, residual = quantize_activation(x, recipe, calibration)
+    return _product(xq, quantize_weight(w, recipe), residual, bias, x.dtype)
 
 
 def _fprop(
     recipe: Recipe, x: Array, w: Array, bias: Array | None, calibration: Calibration
 ) -> tuple[Array, tuple[Any, ...]]:
-    xq, residual = quantize_activation(x, recipe, calibration)
-    wq = quantize_weight(w, recipe)
-    xq, wq, residual = checkpoint_name((xq, wq, residual), CODES_NAME)
-    y = gemm(xq, wq, bias=bias, out_dtype=jnp.float32 if residual is not None else x.dtype)
-    if residual is not None:
-        y = (y + _matmul(residual, wq.dequantize())).astype(x.dtype)
-    y = checkpoint_name(y, PRODUCT_NAME)
+    assert recipe.w_format is not None
+    # Contiguous along each product's contraction: fprop reads xq and wq_t, wgrad xq_t, dgrad wq.
+    (xq, xq_t), residual = _quantize_activation(x, recipe, calibration, both=True)
+    wq, wq_t = quantize_both(w, _w_axis(recipe), format=recipe.w_format, shift=recipe.w_shift)
+    xq_t, wq, residual = checkpoint_name((xq_t, wq, residual), CODES_NAME)
+    y = checkpoint_name(_product(xq, wq_t.T, residual, bias, x.dtype), PRODUCT_NAME)
     # Of x only the dtype is kept; w is the parameter itself, which lives through the step anyway.
     dtypes = (jnp.empty(0, x.dtype), None if bias is None else jnp.empty(0, bias.dtype))
-    return y, (xq, residual, wq, w, calibration, dtypes)
+    return y, (xq_t, residual, wq, w, calibration, dtypes)
+
+
+def _product(
+    xq: QTensor, wq: QTensor, residual: Array | None, bias: Array | None, dtype: Any
+) -> Array:
+    if residual is None:
+        return gemm(xq, wq, bias=bias, out_dtype=dtype)
+    y = gemm(xq, wq, bias=bias)
+    return (y + _matmul(residual, wq.dequantize())).astype(dtype)
 
 
 def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
-    xq, residual, wq, w, calibration, (x_like, bias_like) = saved
+    xq_t, residual, wq, w, calibration, (x_like, bias_like) = saved
+    for_dgrad, for_wgrad = _fold_and_quantize(recipe, dy, xq_t, wq)
     dy = dy.astype(jnp.float32)
-    dx = _dgrad(recipe, dy, wq).astype(x_like.dtype)
-    dw = _wgrad(recipe, dy, xq, residual)
+    dx = _dgrad(dy, for_dgrad, wq, x_like.dtype)
+    # What the slope still multiplies is not rounded before.
+    dw_dtype = w.dtype if recipe.dge_k is None else jnp.float32
+    dw = _wgrad(dy, for_wgrad, xq_t, residual, dw_dtype)
     if recipe.dge_k is not None:
         centred = w.astype(jnp.float32) - (0 if wq.shift is None else wq.shift)
         # The slope is of the weight BEFORE rounding; on its codes it would be a constant.
@@ -152,39 +195,53 @@ def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, .
 _linear.defvjp(_fprop, _backward)
 
 
-def _dgrad(recipe: Recipe, dy: Float32[Array, "m n"], wq: QTensor) -> Float32[Array, "m k"]:
-    folded = dy * wq.scale
+def _fold_and_quantize(
+    recipe: Recipe, dy: Float[Array, "m n"], xq_t: QTensor, wq: QTensor
+) -> tuple[QTensor | Array, QTensor | Array]:
+    """``dy * s_w`` and ``dy * s_x``, quantised unless the recipe leaves them in bfloat16."""
+    w_scale, x_scale = wq.scale, xq_t.scale.T
     if recipe.grad_format is None:
-        dx = _bfloat16_matmul(folded, wq.codes.T)
-    else:
-        dx = gemm(_quantize_gradient(folded, 1, recipe), wq.T.unscaled())
-    if wq.shift is not None:  # a number a column: the same for every k
-        dx = dx + jnp.sum(dy * wq.shift, axis=1, keepdims=True)
-    return dx
+        dy = dy.astype(jnp.float32)
+        return dy * w_scale, dy * x_scale
+    return quantize_gradient(dy, w_scale, x_scale, format=recipe.grad_format)
+
+
+def _dgrad(
+    dy: Float32[Array, "m n"], folded: QTensor | Array, wq: QTensor, dtype: Any
+) -> Float[Array, "m k"]:
+    if wq.shift is None:
+        return _gradient_product(folded, wq.T.unscaled(), dtype)
+    # A number a column: the same for every k.
+    added = jnp.sum(dy * wq.shift, axis=1, keepdims=True)
+    return (_gradient_product(folded, wq.T.unscaled(), jnp.float32) + added).astype(dtype)
 
 
 def _wgrad(
-    recipe: Recipe, dy: Float32[Array, "m n"], xq: QTensor, residual: Array | None
-) -> Float32[Array, "k n"]:
-    folded = dy * xq.scale
-    if recipe.grad_format is None:
-        dw = _bfloat16_matmul(xq.codes.T, folded)
-    else:
-        dw = gemm(xq.T.unscaled(), _quantize_gradient(folded, 0, recipe))
-    if xq.shift is not None:
-        if xq.shift.shape[1] == 1:  # a number a token: the same for every k
-            dw = dw + jnp.sum(dy * xq.shift, axis=0, keepdims=True)
+    dy: Float32[Array, "m n"],
+    folded: QTensor | Array,
+    xq_t: QTensor,
+    residual: Array | None,
+    dtype: Any,
+) -> Float[Array, "k n"]:
+    if xq_t.shift is None and residual is None:
+        return _gradient_product(xq_t.unscaled(), folded, dtype)
+    dw = _gradient_product(xq_t.unscaled(), folded, jnp.float32)
+    if xq_t.shift is not None:
+        if xq_t.shift.shape[0] == 1:  # a number a token: the same for every k
+            dw = dw + jnp.sum(dy * xq_t.shift.T, axis=0, keepdims=True)
         else:  # a vector of length k: an outer product with dy's sum over tokens
-            dw = dw + xq.shift.T * jnp.sum(dy, axis=0, keepdims=True)
+            dw = dw + xq_t.shift * jnp.sum(dy, axis=0, keepdims=True)
     if residual is not None:
         dw = dw + _matmul(residual.T, dy)
-    return dw
+    return dw.astype(dtype)
 
 
-def _quantize_gradient(folded: Float32[Array, "m n"], axis: int, recipe: Recipe) -> QTensor:
-    assert recipe.grad_format is not None
-    # These codes are multiplied at once: bfloat16 spares CPUs, which have no float8, the detour.
-    return quantize(folded, axis, format=recipe.grad_format, dtype=jnp.bfloat16)
+def _gradient_product(a: QTensor | Array, b: QTensor | Array, dtype: Any) -> Array:
+    """The product of codes; or in bfloat16, where the gradient is not quantised."""
+    if isinstance(a, QTensor) and isinstance(b, QTensor):
+        return gemm(a, b, out_dtype=dtype)
+    a, b = (v.codes if isinstance(v, QTensor) else v for v in (a, b))
+    return _bfloat16_matmul(a, b).astype(dtype)
 
 
 def _bfloat16_matmul(a: Array, b: Array) -> Array:

@@ -1,5 +1,6 @@
 """Outlier clamp and compensation (OCC): arXiv 2501.17116, section 3.2."""
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -8,7 +9,17 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from jfp4.formats import get_format, round_to_format
-from jfp4.ops.quantize import check_float, flush, scale_of, scaled_codes, to_float32
+from jfp4.ops import ffi
+from jfp4.ops.quantize import (
+    both_layouts,
+    by_kernel_or_xla,
+    check_float,
+    flush,
+    kernel_input,
+    scale_of,
+    scaled_codes,
+    to_float32,
+)
 from jfp4.qtensor import QTensor
 from jfp4.recipe import check_occ
 
@@ -40,15 +51,25 @@ def thresholds(
     check_occ(alpha, sample)
     if x.size == 0:
         raise ValueError(f"x has shape {x.shape}; expected at least one element")
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        x = jnp.asarray(x, jnp.float32)
+    x = kernel_input(jnp.asarray(x))
     flat = x.reshape(-1)
-    if sample is not None:
-        flat = flat[:: sample_stride(x.shape, sample)][:sample]
-    high = min(max(math.ceil(alpha * flat.size - 1e-9) - 1, 0), flat.size - 1)
-    lo, hi = order_statistics(flat, (flat.size - 1 - high, high))
-    is_nan = jnp.any(jnp.isnan(flat))
-    return jnp.where(is_nan, jnp.nan, lo), jnp.where(is_nan, jnp.nan, hi)
+    stride = 1 if sample is None else sample_stride(x.shape, sample)
+    count = -(-flat.size // stride) if sample is None else min(-(-flat.size // stride), sample)
+    high = min(max(math.ceil(alpha * count - 1e-9) - 1, 0), count - 1)
+    ranks = (count - 1 - high, high)
+
+    def xla(flat: Array) -> tuple[Array, Array]:
+        looked_at = flat[::stride][:count]
+        is_nan = jnp.any(jnp.isnan(looked_at))
+        lo, hi = order_statistics(looked_at, ranks)
+        return jnp.where(is_nan, jnp.nan, lo), jnp.where(is_nan, jnp.nan, hi)
+
+    def kernel(flat: Array) -> tuple[Array, Array]:
+        return ffi.thresholds(
+            flat, stride=stride, count=count, low_rank=ranks[0], high_rank=ranks[1]
+        )
+
+    return ffi.dispatch("thresholds", kernel, xla, flat)
 
 
 def sample_stride(shape: tuple[int, ...], sample: int) -> int:
@@ -130,8 +151,50 @@ def quantize_compensated(
     Raises:
         As ``quantize``.
     """
+    axis = _checked_axis(x, axis, format)
+    codes, scale = by_kernel_or_xla(
+        functools.partial(_compensate, axis=axis, format=format),
+        x,
+        axis,
+        lo,
+        hi,
+        format=format,
+        compensate=True,
+    )
+    return QTensor(codes, scale, None, "e4m3", axis)
+
+
+def quantize_compensated_both(
+    x: Float[Array, "r c"],
+    lo: Float32[Array, ""],
+    hi: Float32[Array, ""],
+    axis: int | None,
+    *,
+    format: str = "e2m1",
+) -> tuple[QTensor, QTensor]:
+    """``quantize_compensated`` and its transpose; see ``quantize_both``."""
+    axis = _checked_axis(x, axis, format)
+
+    def xla(x: Array, lo: Array, hi: Array) -> tuple[Array, Array, Array]:
+        codes, scale = _compensate(x, lo, hi, axis=axis, format=format)
+        return codes, codes.T, scale
+
+    codes, codes_t, scale = by_kernel_or_xla(
+        xla, x, axis, lo, hi, format=format, compensate=True, both=True
+    )
+    return both_layouts(codes, codes_t, scale, None, "e4m3", axis)
+
+
+def _checked_axis(x: Array, axis: int | None, format: str) -> int | None:
+    get_format(format)
+    return to_float32(x, axis)[1]
+
+
+def _compensate(
+    x: Array, lo: Array, hi: Array, *, axis: int | None, format: str
+) -> tuple[Float[Array, "..."], Float32[Array, "..."]]:
+    """Codes, E4M3, and scale."""
     carrier = get_format("e4m3")
-    x, axis = to_float32(x, axis)
     clamped, residual = clamp(x, lo, hi)
     scale = scale_of(clamped, axis, format)
     # The outer flush also keeps the compiler from fusing product and sum into one rounding.
@@ -139,4 +202,4 @@ def quantize_compensated(
     codes = scaled_codes(clamped, scale, format) + outlier
     codes = round_to_format(codes, carrier.name)
     codes = jnp.where(jnp.isnan(codes), np.float32(0), codes)
-    return QTensor(codes.astype(carrier.dtype), scale, None, carrier.name, axis)
+    return codes.astype(carrier.dtype), scale

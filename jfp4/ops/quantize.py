@@ -1,11 +1,16 @@
 """Quantisation: scale, shift, round."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from jfp4.formats import TINY, get_format, round_to_format
+from jfp4.ops import ffi
 from jfp4.qtensor import QTensor
 
 SHIFTS = ("midrange", "mean")
@@ -40,7 +45,7 @@ def quantize(
             other axis (for activations, a vector of length k); or the shift itself, float32, of
             ``x``'s rank.
         dtype: what carries the codes; None is the format's one-byte dtype. A wider one saves the
-            conversions where codes are multiplied at once and not kept.
+            conversions where codes are multiplied at once and not kept; no kernel writes it.
 
     Returns:
         A QTensor of ``x``'s shape.
@@ -49,14 +54,159 @@ def quantize(
         TypeError: ``x`` is not an array of floats.
         ValueError: unknown ``format`` or ``shift``, or an ``axis`` that ``x`` does not have.
     """
-    f = get_format(format)
-    x, axis = to_float32(x, axis)
-    offset = None if shift is None else resolve_shift(x, axis, shift)
-    if offset is not None:
-        x = x - offset
-    scale = scale_of(x, axis, format)
-    codes = scaled_codes(x, scale, format).astype(f.dtype if dtype is None else dtype)
+    x, axis, offset = _shifted(x, axis, format, shift)
+    carrier = get_format(format).dtype if dtype is None else dtype
+
+    def xla(x: Array) -> tuple[Array, Array]:
+        x = jnp.asarray(x, jnp.float32)
+        scale = scale_of(x, axis, format)
+        return scaled_codes(x, scale, format).astype(carrier), scale
+
+    if carrier != get_format(format).dtype:
+        codes, scale = xla(x)
+    else:
+        codes, scale = by_kernel_or_xla(xla, x, axis, format=format)
     return QTensor(codes, scale, offset, format, axis)
+
+
+def quantize_both(
+    x: Float[Array, "r c"],
+    axis: int | None,
+    *,
+    format: str = "e2m1",
+    shift: str | Float32[Array, "..."] | None = None,
+) -> tuple[QTensor, QTensor]:
+    """``quantize(x, axis)`` and its transpose, each with codes of its own, contiguous by rows.
+
+    Two products read one tensor along different axes, and tensor cores read along rows alone: a
+    kernel writes both layouts in the pass that rounds.
+    """
+    x, axis, offset = _shifted(x, axis, format, shift)
+
+    def xla(x: Array) -> tuple[Array, Array, Array]:
+        x = jnp.asarray(x, jnp.float32)
+        scale = scale_of(x, axis, format)
+        codes = scaled_codes(x, scale, format).astype(get_format(format).dtype)
+        return codes, codes.T, scale
+
+    codes, codes_t, scale = by_kernel_or_xla(xla, x, axis, format=format, both=True)
+    return both_layouts(codes, codes_t, scale, offset, format, axis)
+
+
+def both_layouts(
+    codes: Array, codes_t: Array, scale: Array, shift: Array | None, format: str, axis: int | None
+) -> tuple[QTensor, QTensor]:
+    """A QTensor and its transpose, which has codes of its own."""
+    q = QTensor(codes, scale, shift, format, axis)
+    return q, dataclasses.replace(q.T, codes=codes_t)
+
+
+def quantize_gradient(
+    dy: Float[Array, "m n"],
+    col_factor: Float32[Array, "#1 #n"],
+    row_factor: Float32[Array, "#m #1"],
+    *,
+    format: str,
+) -> tuple[QTensor, QTensor]:
+    """Quantises ``dy * col_factor`` with a scale a row and ``dy * row_factor`` with one a column.
+
+    These are what a linear layer's dgrad and wgrad contract over columns and over rows; the
+    products with the factors are rounded to float32. Where no kernel serves, the codes come in
+    bfloat16: they are multiplied at once, and CPUs, which have no float8, are spared the detour.
+    """
+    served = bool(ffi.kernel_platforms("quantize")) and dy.size > 0
+    carrier = get_format(format).dtype if served else jnp.bfloat16
+
+    def xla(dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
+        dy = jnp.asarray(dy, jnp.float32)
+        by_row = quantize(dy * col_factor, 1, format=format, dtype=carrier)
+        by_column = quantize(dy * row_factor, 0, format=format, dtype=carrier)
+        return by_row.codes, by_row.scale, by_column.codes, by_column.scale
+
+    def kernel(dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
+        codes, row_scale, codes_t, col_scale = ffi.quantize_gradient(
+            kernel_input(dy),
+            jnp.broadcast_to(col_factor, (1, dy.shape[1])),
+            jnp.broadcast_to(row_factor, (dy.shape[0], 1)),
+            format=format,
+        )
+        return codes, row_scale, codes_t.T, col_scale
+
+    operands = (dy, col_factor, row_factor)
+    codes, row_scale, columns, col_scale = (
+        ffi.dispatch("quantize", kernel, xla, *operands) if served else xla(*operands)
+    )
+    return (
+        QTensor(codes, row_scale, None, format, 1),
+        QTensor(columns, col_scale, None, format, 0),
+    )
+
+
+def by_kernel_or_xla(
+    xla: Callable[..., Any],
+    x: Float[Array, "..."],
+    axis: int | None,
+    *outliers: Float32[Array, ""],
+    format: str,
+    compensate: bool = False,
+    both: bool = False,
+) -> Any:
+    """A quantiser's codes and scale, or with ``both`` its codes, their transpose and the scale.
+
+    Kernels serve scales along one of the last two axes. They write codes contiguous along the
+    contraction, which is how products read them.
+
+    Args:
+        xla: what computes them elsewhere, from ``x`` and ``outliers``.
+        x: what is quantised.
+        axis: as in ``quantize``, counted from the front.
+        outliers: clamp thresholds, or none.
+        format: the format before compensation.
+        compensate: as in ``ffi.quantize_rows``.
+        both: whether the transpose is wanted as well.
+    """
+    x = jnp.asarray(x)
+    if x.ndim < 2 or x.size == 0 or axis not in (x.ndim - 1, x.ndim - 2):
+        return xla(x, *outliers)
+    by_row = axis == x.ndim - 1
+    call = ffi.quantize_rows if by_row else ffi.quantize_columns
+    want: tuple[ffi.Layout, ...] = ("codes",) if by_row else ("codes_t",)
+
+    def kernel(x: Array, *outliers: Array) -> tuple[Array | None, ...]:
+        bounds = [jnp.broadcast_to(bound, x.shape[:-2]) for bound in outliers]
+        q = call(
+            kernel_input(x),
+            format=format,
+            want=("codes", "codes_t") if both else want,
+            outliers=(bounds[0], bounds[1]) if bounds else None,
+            compensate=compensate,
+        )
+        if both:
+            return q.codes, q.codes_t, q.scale
+        codes = q.codes if q.codes_t is None else jnp.swapaxes(q.codes_t, -1, -2)
+        return codes, q.scale
+
+    return ffi.dispatch("quantize", kernel, xla, x, *outliers)
+
+
+def kernel_input(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x`` in a dtype that kernels read: its own, or float32."""
+    return x if x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else x.astype(jnp.float32)
+
+
+def _shifted(
+    x: Float[Array, "..."],
+    axis: int | None,
+    format: str,
+    shift: str | Float32[Array, "..."] | None,
+) -> tuple[Float[Array, "..."], int | None, Float32[Array, "..."] | None]:
+    """The arguments of ``quantize``, checked: ``x`` less the shift, the axis, and the shift."""
+    get_format(format)
+    wide, axis = to_float32(x, axis)
+    if shift is None:
+        return x, axis, None
+    offset = resolve_shift(wide, axis, shift)
+    return wide - offset, axis, offset
 
 
 def to_float32(

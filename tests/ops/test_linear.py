@@ -346,7 +346,7 @@ def test_backward_keeps_a_byte_an_activation(name, dtype):
     x = X.astype(jnp.dtype(dtype))
     _, vjp = jax.eval_shape(lambda x, w: jax.vjp(lambda *v: linear(*v, recipe), x, w), x, W)
     kept = jax.tree.leaves(vjp)
-    assert [leaf.dtype for leaf in kept if leaf.shape == (M, K)] == [jnp.float8_e4m3fn]
+    assert [leaf.dtype for leaf in kept if leaf.shape == (K, M)] == [jnp.float8_e4m3fn]
     statistics = {"fp4": 8, "fp4_cast": 0, "fp8": 0, "x mean and clamp": 8 + 4 * K}[name]
     expected = (M * K + 4 * M) + (K * N + 4 * N) + 4 * K * N + statistics  # codes, codes, w
     # The mean is one array, in the operand and in the calibration; whether it counts twice is

@@ -1,0 +1,22 @@
+// The innermost loops of the host's product, for the instructions that the machine has.
+#pragma once
+
+#include <cstdint>
+
+namespace jfp4::host {
+
+// Sums of products of small integers, four rows of a by two of b, each row along k, which is a
+// multiple of kIntegerStep: c[2 i + j] = sum a[i] b[j]. `exact_steps` is how many steps of
+// kIntegerStep may be added up before a pair of neighbours could pass int16.
+constexpr int64_t kIntegerRows = 4, kIntegerCols = 2, kIntegerStep = 64;
+using IntegerTile = void (*)(const uint8_t* a, const int8_t* b, int64_t k, int64_t exact_steps,
+                             int32_t* c);
+IntegerTile ChooseIntegerTile();
+
+// Sums of products of float32: c[i][j] += sum a[p][i] b[p][j] for p below k, where a holds
+// kFloatRows and b kFloatCols numbers a step of p, and rows of c are `stride` apart.
+constexpr int64_t kFloatRows = 6, kFloatCols = 16;
+using FloatTile = void (*)(const float* a, const float* b, int64_t k, float* c, int64_t stride);
+FloatTile ChooseFloatTile();
+
+}  // namespace jfp4::host

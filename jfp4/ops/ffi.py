@@ -1,0 +1,468 @@
+"""The compiled kernels: which path serves an operation, and one function a target.
+
+Every operation that has a kernel has three paths: ``xla``, which is JAX and runs everywhere;
+``host``, C++ on the CPU; and ``cuda``, for GPUs of compute capability 9.0. All take and give the
+same codes. The platform that a computation is lowered for chooses between them, unless ``backend``
+or the environment variable JFP4_BACKEND asks for one.
+
+The functions below are given arrays with any leading (batch) dimensions, which all operands share.
+``jax.vmap`` adds one to every operand: what was not batched is broadcast first.
+"""
+
+import dataclasses
+import functools
+import importlib
+import os
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, UInt8
+
+from jfp4.formats import FORMATS, get_format
+
+T = TypeVar("T")
+Backend = Literal["auto", "xla", "host", "cuda"]
+Operation = Literal["quantize", "thresholds", "gemm", "packed_gemm"]
+Layout = Literal["codes", "codes_t", "packed"]
+
+INTERFACE = 1
+"""The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
+
+CPU_DEFAULT: frozenset[Operation] = frozenset()
+"""Operations in which the host path is faster than XLA's on CPUs (benchmarks/cpu.py)."""
+
+_KERNELS: dict[str, Literal["host", "cuda"]] = {"cpu": "host", "cuda": "cuda"}
+_BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
+
+# ------------------------------------------------------------------------------------ the module
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and the reason why there is none to use."""
+    try:
+        module = importlib.import_module("jfp4._kernels")
+    except ModuleNotFoundError:
+        return None, f"jfp4._kernels is not built; {_BUILD}"
+    except ImportError as error:
+        return None, f"jfp4._kernels does not load: {error}"
+    if getattr(module, "interface", None) != INTERFACE:
+        return None, "jfp4._kernels was built for another version of jfp4; build it again"
+    if _numbers(module.jaxlib) > _numbers(jaxlib.version.__version__):
+        return None, (
+            f"jfp4._kernels was built with jaxlib {module.jaxlib}, newer than the "
+            f"{jaxlib.version.__version__} that runs; build it again"
+        )
+    return module, ""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:3]]
+
+
+def _register(module: ModuleType) -> frozenset[str]:
+    """Makes the targets known to XLA; returns the platforms that there are some for."""
+    registrations = module.registrations()
+    for platform, targets in registrations.items():
+        for name, handler in targets.items():
+            jax.ffi.register_ffi_target(name, handler, platform=platform)
+    return frozenset(platform.lower() for platform, targets in registrations.items() if targets)
+
+
+_module, _why_no_module = _load()
+_platforms = frozenset() if _module is None else _register(_module)
+
+
+def missing(path: Literal["host", "cuda"]) -> str:
+    """Why this path cannot serve on this machine; empty if it can."""
+    if _module is None:
+        return _why_no_module
+    return "" if path == "host" else _missing_cuda()
+
+
+def _missing_cuda() -> str:
+    if "cuda" not in _platforms:
+        return "jfp4._kernels was built without a CUDA compiler"
+    return _unfit_devices()
+
+
+@functools.cache
+def _unfit_devices() -> str:
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return "JAX has no CUDA device"
+    for device in devices:
+        if device.compute_capability != "9.0":
+            return (
+                f"{device.device_kind} has compute capability {device.compute_capability}, not 9.0"
+            )
+    return ""
+
+
+# -------------------------------------------------------------------------------------- choosing
+
+_asked = jax.make_user_context(os.environ.get("JFP4_BACKEND", "auto"))
+
+
+def backend(name: Backend) -> AbstractContextManager[None]:
+    """Asks for one path in place of the default: ``with jfp4.backend("xla"): ...``.
+
+    It holds for what is traced in the context; ``jax.jit`` compiles a function anew when it is
+    called in another. JFP4_BACKEND in the environment sets what holds outside of any.
+
+    Args:
+        name: "auto", the fastest there is on the platform; "xla"; "host", the CPU's kernels;
+            "cuda", those of compute capability 9.0. What has no kernel is computed by XLA under
+            any of them.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: not here, but when an operation is traced: the path is missing.
+    """
+    return _asked(_checked(name))
+
+
+def _checked(name: str) -> Any:
+    if name not in get_args(Backend):
+        raise ValueError(f"backend={name!r}; expected one of {', '.join(get_args(Backend))}")
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """The path that serves an operation, and why, where that is not a matter of course."""
+
+    path: Literal["xla", "host", "cuda"]
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.why})" if self.why else self.path
+
+
+@dataclasses.dataclass(frozen=True)
+class Backends:
+    """Which path serves each operation on a platform.
+
+    Attributes:
+        platform: as JAX names it.
+        operations: by name.
+    """
+
+    platform: str
+    operations: dict[str, Served]
+
+    def __str__(self) -> str:
+        by_path: dict[str, list[str]] = {}
+        for operation, served in self.operations.items():
+            by_path.setdefault(str(served), []).append(operation)
+        parts = (f"{', '.join(names)} by {path}" for path, names in by_path.items())
+        return f"on {self.platform}: {'; '.join(parts)}"
+
+
+def backends() -> Backends:
+    """Which path serves each operation on the default platform, here and now, and why.
+
+    Per-tensor scales, shifts and the estimator's slope have no kernels: XLA computes them always.
+
+    Raises:
+        RuntimeError: the path asked for (``backend``) is missing.
+    """
+    platform = jax.default_backend()
+    platform = "cuda" if platform == "gpu" and _is_nvidia() else platform
+    names = get_args(Operation)
+    return Backends(platform, {name: _serving(name, platform) for name in names})
+
+
+def _is_nvidia() -> bool:
+    return "cuda" in jax.devices()[0].client.platform_version.lower()
+
+
+def _serving(operation: Operation, platform: str) -> Served:
+    asked = _checked(_asked.value)
+    if asked == "xla":
+        return Served("xla", "asked for")
+    if asked != "auto":
+        if why := missing(asked):
+            raise RuntimeError(f"the backend asked for, {asked!r}, is missing: {why}")
+        return Served(asked, "asked for")
+    if platform not in _KERNELS:
+        return Served("xla", f"there are no kernels for {platform}")
+    path = _KERNELS[platform]
+    if why := missing(path):
+        return Served("xla", why)
+    if path == "host" and operation not in CPU_DEFAULT:
+        return Served("xla", "faster than the host path")
+    return Served(path)
+
+
+def kernel_platforms(operation: Operation) -> tuple[str, ...]:
+    """The platforms that a kernel serves this operation on, as things are now.
+
+    Raises:
+        RuntimeError: the path asked for is missing.
+    """
+    return tuple(p for p, path in _KERNELS.items() if _serving(operation, p).path == path)
+
+
+def dispatch(
+    operation: Operation, kernel: Callable[..., T], xla: Callable[..., T], *operands: Any
+) -> T:
+    """Computes by ``kernel`` on the platforms that it serves and by ``xla`` on the others.
+
+    Both are given ``operands`` and return arrays of the same shapes and dtypes; only the one that
+    serves is compiled. Under ``backend("host")`` and ``backend("cuda")`` there are no others: a
+    computation lowered for another platform is an error of JAX's.
+
+    Raises:
+        RuntimeError: the path asked for is missing.
+    """
+    platforms = kernel_platforms(operation)
+    if not platforms:
+        return xla(*operands)
+    branches: dict[str, Any] = dict.fromkeys(platforms, kernel)
+    if _asked.value == "auto":
+        branches["default"] = xla
+    return lax.platform_dependent(*operands, **branches)
+
+
+# --------------------------------------------------------------------------------------- targets
+
+
+class Quantized(NamedTuple):
+    """What a quantiser wrote; None for a layout that was not wanted."""
+
+    codes: Array | None
+    codes_t: Array | None
+    packed: Array | None
+    scale: Array
+
+
+def quantize_rows(
+    x: Float[Array, "*b m k"],
+    *,
+    format: str,
+    want: Collection[Layout],
+    outliers: tuple[Float32[Array, "*b"], Float32[Array, "*b"]] | None = None,
+    compensate: bool = False,
+) -> Quantized:
+    """Quantises with a scale a row.
+
+    Args:
+        x: bfloat16, float16 or float32; no axis is empty.
+        format: the codes' format, before compensation.
+        want: of codes [m, k], codes_t [k, m] and packed, uint8 [m, ceil(k / 2)], those to write.
+        outliers: thresholds to clamp at.
+        compensate: whether what was clamped off is added to the codes, which are E4M3 then.
+
+    Returns:
+        What was wanted, and the scale [m, 1].
+    """
+    *batch, m, k = x.shape
+    lo, hi = _thresholds(batch, outliers)
+    dtype = get_format("e4m3" if compensate else format).dtype
+    shapes = {"codes": (m, k), "codes_t": (k, m), "packed": (m, (k + 1) // 2)}
+    results = (*_results(batch, shapes, dtype, want), _float32(*batch, m, 1))
+    *outputs, scale = _call("jfp4_quantize_rows", results)(
+        x, lo, hi, format=_index(format), compensate=compensate
+    )
+    return _quantized(outputs, shapes, want, scale)
+
+
+def quantize_columns(
+    x: Float[Array, "*b k n"],
+    *,
+    format: str,
+    want: Collection[Layout],
+    outliers: tuple[Float32[Array, "*b"], Float32[Array, "*b"]] | None = None,
+    compensate: bool = False,
+) -> Quantized:
+    """Quantises with a scale a column; see ``quantize_rows``.
+
+    Codes are [k, n], codes_t [n, k]; packed is of the transpose, uint8 [n, ceil(k / 2)]; the scale
+    is [1, n].
+    """
+    *batch, k, n = x.shape
+    lo, hi = _thresholds(batch, outliers)
+    dtype = get_format("e4m3" if compensate else format).dtype
+    shapes = {"codes": (k, n), "codes_t": (n, k), "packed": (n, (k + 1) // 2)}
+    results = (
+        *_results(batch, shapes, dtype, want),
+        _float32(*batch, 1, n),
+        _float32(*batch, n),  # scratch
+    )
+    *outputs, scale, _ = _call("jfp4_quantize_columns", results)(
+        x, lo, hi, format=_index(format), compensate=compensate
+    )
+    return _quantized(outputs, shapes, want, scale)
+
+
+def quantize_gradient(
+    dy: Float[Array, "*b m n"],
+    col_factor: Float32[Array, "*b 1 n"],
+    row_factor: Float32[Array, "*b m 1"],
+    *,
+    format: str,
+) -> tuple[Array, Float32[Array, "*b m 1"], Array, Float32[Array, "*b 1 n"]]:
+    """Quantises a gradient for both of its products in one call.
+
+    Args:
+        dy: bfloat16, float16 or float32; no axis is empty.
+        col_factor: multiplies dy for the product that contracts over n.
+        row_factor: multiplies dy for the product that contracts over m.
+        format: the codes' format.
+
+    Returns:
+        Codes [m, n] of ``dy * col_factor`` and their scale a row; codes [n, m] of
+        ``(dy * row_factor)^T`` and their scale a column of dy.
+    """
+    *batch, m, n = dy.shape
+    dtype = get_format(format).dtype
+    results = (
+        jax.ShapeDtypeStruct((*batch, m, n), dtype),
+        _float32(*batch, m, 1),
+        jax.ShapeDtypeStruct((*batch, n, m), dtype),
+        _float32(*batch, 1, n),
+        _float32(*batch, n),  # scratch
+    )
+    *outputs, _ = _call("jfp4_quantize_gradient", results)(
+        dy, col_factor, row_factor, format=_index(format)
+    )
+    codes, row_scale, codes_t, col_scale = outputs
+    return codes, row_scale, codes_t, col_scale
+
+
+def thresholds(
+    x: Float[Array, "*b size"], *, stride: int, count: int, low_rank: int, high_rank: int
+) -> tuple[Float32[Array, "*b"], Float32[Array, "*b"]]:
+    """Order statistics of the elements 0, stride, 2 stride, ... (``count`` of them).
+
+    Args:
+        x: bfloat16, float16 or float32, not empty.
+        stride: distance between the elements looked at.
+        count: how many they are.
+        low_rank: rank of the first result, from 0.
+        high_rank: rank of the second.
+
+    Returns:
+        The elements at these ranks, float32; NaN if an element looked at is NaN.
+    """
+    batch = x.shape[:-1]
+    lo, hi = _call("jfp4_thresholds", (_float32(*batch), _float32(*batch)))(
+        x, stride=stride, count=count, low_rank=low_rank, high_rank=high_rank
+    )
+    return lo, hi
+
+
+K_MULTIPLE = 32
+"""Codes are padded along the contraction to a multiple of this: GPUs copy 16 bytes at a time, and
+packed codes are two a byte."""
+
+
+def gemm(
+    a: Float[Array, "*b m k"],
+    a_scale: Float32[Array, "*b #m 1"],
+    b: Float[Array, "*b n k"],
+    b_scale: Float32[Array, "*b 1 #n"],
+    *,
+    u: Float32[Array, "*b m r"] | None = None,
+    v: Float32[Array, "*b r n"] | None = None,
+    bias: Float32[Array, "*b n"] | None = None,
+    out_dtype: jax.typing.DTypeLike,
+    promote: bool = False,
+) -> Float[Array, "*b m n"]:
+    """``(a b^T) * a_scale * b_scale + u v + bias``, rounded once to ``out_dtype``.
+
+    Where k is not a multiple of ``K_MULTIPLE`` the codes are padded with zeros, which is exact and
+    costs a copy of each.
+
+    Args:
+        a: codes, float8_e4m3fn or float8_e5m2; no axis is empty.
+        a_scale: a number a row, or one.
+        b: codes likewise, but not float8_e5m2 as well; transposed: the contraction is last.
+        b_scale: a number a row of b, or one.
+        u: with ``v``, a product of low rank in float32.
+        v: see ``u``.
+        bias: added to every row.
+        out_dtype: bfloat16, float16 or float32.
+        promote: add up every 128 products along k in float32 registers.
+    """
+    *batch, m, _ = a.shape
+    n = b.shape[-2]
+    u = jnp.zeros((*batch, m, 0), jnp.float32) if u is None else u
+    v = jnp.zeros((*batch, 0, n), jnp.float32) if v is None else v
+    bias = jnp.zeros((*batch, 0), jnp.float32) if bias is None else bias
+    a, b = (_pad_last(codes, K_MULTIPLE) for codes in (a, b))
+    y = jax.ShapeDtypeStruct((*batch, m, n), out_dtype)
+    return _call("jfp4_gemm", y)(a, a_scale, b, b_scale, u, v, bias, promote=promote)
+
+
+def packed_gemm(
+    a: UInt8[Array, "*b m p"],
+    a_scale: Float32[Array, "*b #m 1"],
+    b: UInt8[Array, "*b n p"],
+    b_scale: Float32[Array, "*b 1 #n"],
+    *,
+    bias: Float32[Array, "*b n"] | None = None,
+    out_dtype: jax.typing.DTypeLike,
+) -> Float[Array, "*b m n"]:
+    """``gemm`` of E2M1 codes packed two a byte, the earlier in the low nibble; padded as there."""
+    *batch, m, _ = a.shape
+    bias = jnp.zeros((*batch, 0), jnp.float32) if bias is None else bias
+    a, b = (_pad_last(packed, K_MULTIPLE // 2) for packed in (a, b))
+    y = jax.ShapeDtypeStruct((*batch, m, b.shape[-2]), out_dtype)
+    return _call("jfp4_packed_gemm", y)(a, a_scale, b, b_scale, bias)
+
+
+def _call(target: str, results: Any) -> Callable[..., Any]:
+    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _index(format: str) -> np.int32:
+    return np.int32(list(FORMATS).index(format))
+
+
+def _pad_last(x: Array, multiple: int) -> Array:
+    excess = -x.shape[-1] % multiple
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, excess)]) if excess else x
+
+
+def _thresholds(
+    batch: list[int], outliers: tuple[Array, Array] | None
+) -> tuple[Float32[Array, "*b t"], Float32[Array, "*b t"]]:
+    if outliers is None:
+        absent = jnp.zeros((*batch, 0), jnp.float32)
+        return absent, absent
+    lo, hi = outliers
+    return lo[..., None], hi[..., None]
+
+
+def _results(
+    batch: list[int], shapes: dict[str, tuple[int, int]], dtype: Any, want: Collection[Layout]
+) -> list[jax.ShapeDtypeStruct]:
+    """Of what is not wanted an array that is empty along its last axis."""
+    return [
+        jax.ShapeDtypeStruct(
+            (*batch, rows, columns if name in want else 0), jnp.uint8 if name == "packed" else dtype
+        )
+        for name, (rows, columns) in shapes.items()
+    ]
+
+
+def _quantized(
+    outputs: list[Array], names: Collection[str], want: Collection[Layout], scale: Array
+) -> Quantized:
+    codes, codes_t, packed = (
+        output if name in want else None for name, output in zip(names, outputs, strict=True)
+    )
+    return Quantized(codes, codes_t, packed, scale)

@@ -1,0 +1,228 @@
+"""Every output of the quantisers, byte for byte the oracle's, whatever shape and dtype come in."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jfp4
+from jfp4.formats import FORMATS
+from jfp4.ops import ffi
+from jfp4.ops import reference as ref
+from jfp4.ops.outliers import quantize_compensated
+from jfp4.ops.outliers import thresholds as find_thresholds
+
+SHAPES = [
+    (1, 1),
+    (1, 5119),
+    (5119, 1),
+    (127, 129),
+    (129, 127),
+    (5119, 127),
+    (129, 5119),
+    (256, 512),
+]
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+FOUR_BITS = ("e2m1", "e1m2", "e3m0")
+LO, HI = np.float32(-1.5), np.float32(2)
+OUTLIERS = {"plain": (None, False), "clamped": ((LO, HI), False), "compensated": ((LO, HI), True)}
+
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES)
+by_clamp = pytest.mark.parametrize("clamp", OUTLIERS)
+by_axis = pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
+
+
+def tensor(shape, dtype, *, broken=True):
+    """A Gaussian with outliers, ties and zeros; in larger ones, lines that are not plain numbers.
+
+    The first lines of either axis hold, one each: zeros, subnormals, ties, and, if ``broken``, a
+    NaN, an infinity and a magnitude without a scale.
+    """
+    rng = np.random.default_rng(shape)
+    x = rng.normal(size=shape).astype(np.float32) ** 3
+    if min(shape) > 100:
+        for lines in (x, x.T):
+            lines[0], lines[1] = 0, np.float32(1e-40) * np.sign(lines[1])
+            lines[2] = np.resize(np.float32([6, 5, -2.5, 0.25, -0.0, 0.75, 3.5]), lines[2].size)
+            lines[3, 100] = 500
+    if min(shape) > 100 and broken:
+        x[10, 50], x[11, 51], x[12, 52] = np.nan, -np.inf, 2.0**127
+    with np.errstate(over="ignore"):
+        return x.astype(DTYPES[dtype])
+
+
+def codes_of(x, axis, format, clamp):
+    """The oracle's codes, as the bytes that carry them, its scale, and the codes as numbers."""
+    thresholds, compensate = OUTLIERS[clamp]
+    if compensate:
+        codes, scale = ref.compensate(x, *thresholds, axis, format)
+    else:
+        x = x if thresholds is None else ref.clamp_residual(x, *thresholds)[0]
+        codes, scale, _ = ref.quantize(x, axis, format)
+    return codes.astype(FORMATS["e4m3" if compensate else format].dtype), scale, codes
+
+
+def same_bytes(got, expected):
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    np.testing.assert_array_equal(got.view(np.uint8), expected.view(np.uint8))
+
+
+def same_scale(got, expected):
+    assert got.dtype == jnp.float32 and got.shape == expected.shape
+    np.testing.assert_array_equal(got, expected)  # NaN equals NaN, of whatever payload
+
+
+# ------------------------------------------------------------------------- rows and columns
+
+
+def check(poisoned, axis, x, format, clamp):
+    """All layouts at once; columns are packed along themselves, as a product wants them."""
+    kernel = ffi.quantize_rows if axis == 1 else ffi.quantize_columns
+    thresholds, compensate = OUTLIERS[clamp]
+    packs = format == "e2m1" and not compensate
+
+    def quantized(x):
+        return kernel(
+            x,
+            format=format,
+            want=("codes", "codes_t", "packed") if packs else ("codes", "codes_t"),
+            outliers=thresholds and tuple(jnp.asarray(t) for t in thresholds),
+            compensate=compensate,
+        )
+
+    codes, scale, numbers = codes_of(x, axis, format, clamp)
+    for got in poisoned(quantized, x):
+        same_bytes(got.codes, codes)
+        same_bytes(got.codes_t, codes.T.copy())
+        same_scale(got.scale, scale)
+        if packs:
+            same_bytes(got.packed, ref.pack(numbers if axis == 1 else numbers.T, format))
+
+
+@by_axis
+@by_shape
+@by_clamp
+def test_every_shape(backend, poisoned, clamp, shape, axis):
+    check(poisoned, axis, tensor(shape, "bfloat16"), "e2m1", clamp)
+
+
+@by_axis
+@by_dtype
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_and_dtype(backend, poisoned, format, dtype, axis):
+    check(poisoned, axis, tensor((130, 257), dtype), format, "plain")
+
+
+@by_axis
+@by_dtype
+@pytest.mark.parametrize("format", FOUR_BITS)
+def test_compensation_of_every_format_and_dtype(backend, poisoned, format, dtype, axis):
+    check(poisoned, axis, tensor((130, 257), dtype), format, "compensated")
+
+
+@pytest.mark.parametrize("want", ["codes", "codes_t", "packed"])
+@pytest.mark.parametrize("kernel", [ffi.quantize_rows, ffi.quantize_columns])
+def test_one_layout_alone(backend, poisoned, kernel, want):
+    x = tensor((300, 640), "bfloat16")
+    every = kernel(x, format="e2m1", want=("codes", "codes_t", "packed"))
+    for got in poisoned(lambda x: kernel(x, format="e2m1", want=(want,)), x):
+        same_bytes(getattr(got, want), getattr(every, want))
+        same_scale(got.scale, np.asarray(every.scale))
+        assert sum(part is not None for part in got) == 2
+
+
+@pytest.mark.parametrize("lo", [np.nan, -np.inf])
+def test_thresholds_that_are_no_numbers(backend, lo):
+    x = tensor((128, 128), "bfloat16")
+    q = jax.jit(quantize_compensated, static_argnames="axis")(x, jnp.float32(lo), HI, axis=1)
+    codes, scale = ref.compensate(x, np.float32(lo), HI, 1, "e2m1")
+    same_bytes(q.codes, codes.astype(q.codes.dtype))
+    same_scale(q.scale, scale)
+
+
+# ------------------------------------------------------------------------------------ gradients
+
+
+def check_gradient(poisoned, dy, format):
+    rng = np.random.default_rng(1)
+    row = rng.uniform(0.01, 3, (dy.shape[0], 1)).astype(np.float32)
+    column = rng.uniform(0.01, 3, (1, dy.shape[1])).astype(np.float32)
+    wide = ref.to_float32(dy)
+    with np.errstate(all="ignore"):
+        by_row = ref.quantize(wide * column, 1, format)
+        by_column = ref.quantize(wide * row, 0, format)
+    carrier = FORMATS[format].dtype
+    kernel = functools.partial(ffi.quantize_gradient, format=format)
+    for got in poisoned(kernel, dy, column, row):
+        same_bytes(got[0], by_row[0].astype(carrier))
+        same_scale(got[1], by_row[1])
+        same_bytes(got[2], by_column[0].astype(carrier).T.copy())
+        same_scale(got[3], by_column[1])
+
+
+@by_shape
+def test_gradients_of_every_shape(backend, poisoned, shape):
+    check_gradient(poisoned, tensor(shape, "bfloat16"), "e5m2")
+
+
+@by_dtype
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_gradients_of_every_format_and_dtype(backend, poisoned, format, dtype):
+    check_gradient(poisoned, tensor((130, 257), dtype), format)
+
+
+# ------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.gpu
+@by_clamp
+def test_the_cpus_bytes(clamp):
+    """What XLA makes on the CPU, from the same input: no oracle between the two."""
+    x = tensor((300, 640), "bfloat16")
+
+    def quantized(x):
+        if clamp == "plain":
+            return jfp4.quantize(x, 1)
+        return quantize_compensated(x, jnp.asarray(LO), jnp.asarray(HI), 1)
+
+    with ffi.backend("cuda"):
+        on_gpu = jax.jit(quantized)(x)
+    with jax.default_device(jax.devices("cpu")[0]), ffi.backend("xla"):
+        on_cpu = jax.jit(quantized)(x)
+    same_bytes(on_gpu.codes, on_cpu.codes)
+    same_scale(on_gpu.scale, np.asarray(on_cpu.scale))
+
+
+def test_batches_by_vmap(backend):
+    x = np.stack([tensor((130, 257), "bfloat16", broken=False) * s for s in (1, 3, -2)])
+    for axis in (0, 1):
+        q = jax.jit(jax.vmap(lambda x: jfp4.quantize(x, axis)))(x)  # noqa: B023
+        for i in range(3):
+            codes, scale, _ = ref.quantize(x[i], axis, "e2m1")
+            same_bytes(q.codes[i], codes.astype(q.codes.dtype))
+            same_scale(q.scale[i], scale)
+
+
+@by_dtype
+@pytest.mark.parametrize("alpha", [0.97, 0.99, 0.999, 1.0])
+@pytest.mark.parametrize(
+    ("shape", "sample"), [((127, 129), None), ((2048, 512), 65536), ((7,), None)]
+)
+def test_thresholds_are_those_of_a_sort(backend, shape, sample, alpha, dtype):
+    x = np.random.default_rng(2).normal(size=shape).astype(DTYPES[dtype])
+    found = jax.jit(lambda x: find_thresholds(x, alpha, sample=sample))(x)
+    seen = x if sample is None else ref.sample(x, sample)
+    assert tuple(map(float, found)) == tuple(map(float, ref.thresholds(seen, alpha)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.0])
+def test_thresholds_of_special_values(backend, value):
+    x = np.random.default_rng(3).normal(size=(64, 64)).astype(np.float32)
+    x[5, :40] = value
+    found = jax.jit(lambda x: find_thresholds(x, 0.999, sample=None))(x)
+    np.testing.assert_array_equal(np.float32(found), np.float32(ref.thresholds(x, 0.999)))
