@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from jfp4.formats import TINY, get_format, round_to_format
@@ -239,7 +240,12 @@ def flush(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
 def scale_of(x: Float32[Array, "..."], axis: int | None, format: str) -> Float32[Array, "..."]:
     """The scale that takes the largest magnitude along ``axis`` to the format's; dims kept."""
     f = get_format(format)
-    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
+    # As integers, magnitudes sort as they do as floats, with NaN above infinity; XLA's floating-point
+    # maximum loses NaNs on CPUs once it runs over vectors.
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    amax = lax.bitcast_convert_type(
+        jnp.max(bits, axis=axis, keepdims=True, initial=0), jnp.float32
+    )
     scale = jnp.maximum(amax * np.float32(1 / f.max), np.float32(f.min_scale))
     # Not true of NaN or infinity, nor of what would leave the reciprocal subnormal.
     return jnp.where(amax < 2.0**127, scale, jnp.nan)
@@ -270,7 +276,9 @@ def resolve_shift(
         high = jnp.max(x, axis=axis, keepdims=True)
         low = jnp.min(x, axis=axis, keepdims=True)
         # Halved first, since the sum may overflow; flushed, so that no compiler fuses the steps.
-        return flush(flush(high * 0.5) + flush(low * 0.5))
+        middle = flush(flush(high * 0.5) + flush(low * 0.5))
+        # See scale_of: XLA's maximum and minimum may have lost a NaN.
+        return jnp.where(jnp.any(jnp.isnan(x), axis=axis, keepdims=True), jnp.nan, middle)
     if shift == "mean":
         if axis is None:
             raise ValueError("shift='mean' needs the contraction axis; axis is None")

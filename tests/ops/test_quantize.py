@@ -157,6 +157,18 @@ def test_a_broken_element_breaks_a_tensor_wide_scale():
     assert np.isnan(q.scale[0, 0]) and not np.any(np.asarray(q.codes, np.float32))
 
 
+@pytest.mark.parametrize("shift", [None, "midrange"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_nan_is_found_in_tensors_large_enough_for_vector_code(axis, shift):
+    x = np.random.default_rng(0).normal(size=(300, 640)).astype(np.float32)
+    x[3, 5], x[200, 639] = np.nan, np.nan
+    q = jax.jit(lambda x: quantize(x, axis, shift=shift))(x)
+    lines = np.flatnonzero(np.isnan(q.scale))
+    np.testing.assert_array_equal(lines, [3, 200] if axis == 1 else [5, 639])
+    if shift:
+        np.testing.assert_array_equal(np.isnan(q.shift), np.isnan(q.scale))
+
+
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=24, max_size=24))
 @pytest.mark.parametrize("shift", [None, "midrange"])
 @pytest.mark.parametrize("format", ["e2m1", "e5m2"])
