@@ -10,17 +10,17 @@ namespace py = pybind11;
 constexpr int kInterface = 1;
 
 // Every target, and the name of its handlers less the platform.
-#define JFP4_TARGETS(X)                             \
-  X(jfp4_quantize_rows, Jfp4QuantizeRows)           \
-  X(jfp4_quantize_columns, Jfp4QuantizeColumns)     \
-  X(jfp4_quantize_gradient, Jfp4QuantizeGradient)   \
-  X(jfp4_thresholds, Jfp4Thresholds)                \
-  X(jfp4_gemm, Jfp4Gemm)                            \
+#define JFP4_TARGETS(X)                           \
+  X(jfp4_quantize_rows, Jfp4QuantizeRows)         \
+  X(jfp4_quantize_columns, Jfp4QuantizeColumns)   \
+  X(jfp4_quantize_gradient, Jfp4QuantizeGradient) \
+  X(jfp4_thresholds, Jfp4Thresholds)              \
+  X(jfp4_gemm, Jfp4Gemm)                          \
   X(jfp4_packed_gemm, Jfp4PackedGemm)
 
 extern "C" {
-#define JFP4_DECLARE(target, handler)               \
-  XLA_FFI_Error* handler##Cpu(XLA_FFI_CallFrame*);  \
+#define JFP4_DECLARE(target, handler)              \
+  XLA_FFI_Error* handler##Cpu(XLA_FFI_CallFrame*); \
   XLA_FFI_Error* handler##Cuda(XLA_FFI_CallFrame*);
 JFP4_TARGETS(JFP4_DECLARE)
 #undef JFP4_DECLARE

@@ -89,8 +89,7 @@ class Checker {
   }
 
   template <typename T>
-  T* TakeIfPresent(const char* name, Buffer buffer, ffi::DataType type,
-                   std::vector<int64_t> dims) {
+  T* TakeIfPresent(const char* name, Buffer buffer, ffi::DataType type, std::vector<int64_t> dims) {
     const auto given = buffer.dimensions();
     if (given.size() == 0 || given.back() != 0) return Take<T>(name, buffer, type, dims);
     dims.back() = 0;

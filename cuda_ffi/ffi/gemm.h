@@ -29,8 +29,7 @@ struct GemmCall {
 };
 
 inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buffer b_scale,
-                                         Buffer u, Buffer v, Buffer bias, Output y,
-                                         bool promote) {
+                                         Buffer u, Buffer v, Buffer bias, Output y, bool promote) {
   Checker check("a", a, 2);
   Gemm args{};
   args.batch = check.batch();

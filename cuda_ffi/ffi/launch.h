@@ -28,14 +28,13 @@ inline ffi::Error CheckDevice(const char* target) {
     return CudaError(target, status);
   }
   if (device >= kMaxDevices) {
-    return ffi::Error::InvalidArgument(std::string(target) + ": device " +
-                                       std::to_string(device) + "; expected one below 64");
+    return ffi::Error::InvalidArgument(std::string(target) + ": device " + std::to_string(device) +
+                                       "; expected one below 64");
   }
   int found = capability[device].load(std::memory_order_relaxed);
   if (found == 0) {
     int major = 0, minor = 0;
-    cudaError_t status =
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (status == cudaSuccess) {
       status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     }
@@ -45,8 +44,8 @@ inline ffi::Error CheckDevice(const char* target) {
   }
   if (found == kHopper) return ffi::Error::Success();
   return ffi::Error::InvalidArgument(std::string(target) + ": device " + std::to_string(device) +
-                                     " has compute capability " + std::to_string(found / 10) +
-                                     "." + std::to_string(found % 10) + "; expected 9.0");
+                                     " has compute capability " + std::to_string(found / 10) + "." +
+                                     std::to_string(found % 10) + "; expected 9.0");
 }
 
 // `args`, if both operands of the product start at, and have rows of, a multiple of 16 bytes.
@@ -77,9 +76,9 @@ constexpr auto OnStream = [](cudaStream_t stream, auto... buffers) -> ffi::Error
 
 }  // namespace jfp4
 
-// Defines the handler `symbol` of a call. Launches depend on nothing but the buffers and attributes,
-// so that XLA may record them in a CUDA graph.
-#define JFP4_CUDA_HANDLER(symbol, Call, launch)                                          \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (::jfp4::OnStream<Call, launch>),                \
-                                Call::Bind<::jfp4::Stream>(),                            \
+// Defines the handler `symbol` of a call. Launches depend on nothing but the buffers and
+// attributes, so that XLA may record them in a CUDA graph.
+#define JFP4_CUDA_HANDLER(symbol, Call, launch)                           \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (::jfp4::OnStream<Call, launch>), \
+                                Call::Bind<::jfp4::Stream>(),             \
                                 {::xla::ffi::Traits::kCmdBufferCompatible})

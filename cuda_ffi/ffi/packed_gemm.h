@@ -13,11 +13,11 @@ struct PackedGemmCall {
   static auto Bind() {
     return ffi::Ffi::Bind()
         .Ctx<Context>()
-        .template Arg<Buffer>()  // a: u8 [..., m, k / 2]
-        .template Arg<Buffer>()  // a_scale: f32 [..., m or 1, 1]
-        .template Arg<Buffer>()  // b: u8 [..., n, k / 2]
-        .template Arg<Buffer>()  // b_scale: f32 [..., 1, n or 1]
-        .template Arg<Buffer>()  // bias: f32 [..., n], or absent
+        .template Arg<Buffer>()   // a: u8 [..., m, k / 2]
+        .template Arg<Buffer>()   // a_scale: f32 [..., m or 1, 1]
+        .template Arg<Buffer>()   // b: u8 [..., n, k / 2]
+        .template Arg<Buffer>()   // b_scale: f32 [..., 1, n or 1]
+        .template Arg<Buffer>()   // bias: f32 [..., n], or absent
         .template Ret<Buffer>();  // y: [..., m, n]
   }
 

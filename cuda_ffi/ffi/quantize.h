@@ -115,9 +115,11 @@ inline ffi::ErrorOr<QuantizeRows> QuantizeRowsCall::Read(Buffer x, Buffer lo, Bu
   return check.Finish(args);
 }
 
-inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(
-    Buffer x, Buffer lo, Buffer hi, Output codes, Output codes_t, Output packed_t, Output scale,
-    Output amax, int32_t format, bool compensate) {
+inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer lo, Buffer hi,
+                                                               Output codes, Output codes_t,
+                                                               Output packed_t, Output scale,
+                                                               Output amax, int32_t format,
+                                                               bool compensate) {
   Checker check("x", x, 2);
   const int64_t k = check.dim(0), n = check.dim(1);
   QuantizeColumns args{};
@@ -134,9 +136,11 @@ inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(
   return check.Finish(args);
 }
 
-inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(
-    Buffer dy, Buffer col_factor, Buffer row_factor, Output codes, Output row_scale,
-    Output codes_t, Output col_scale, Output amax, int32_t format) {
+inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(Buffer dy, Buffer col_factor,
+                                                                 Buffer row_factor, Output codes,
+                                                                 Output row_scale, Output codes_t,
+                                                                 Output col_scale, Output amax,
+                                                                 int32_t format) {
   Checker check("dy", dy, 2);
   const int64_t m = check.dim(0), n = check.dim(1);
   QuantizeGradient args{};

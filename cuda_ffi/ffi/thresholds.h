@@ -26,9 +26,9 @@ struct ThresholdsCall {
                                        int64_t count, int64_t low_rank, int64_t high_rank);
 };
 
-inline ffi::ErrorOr<Thresholds> ThresholdsCall::Read(Buffer x, Output lo, Output hi,
-                                                     int64_t stride, int64_t count,
-                                                     int64_t low_rank, int64_t high_rank) {
+inline ffi::ErrorOr<Thresholds> ThresholdsCall::Read(Buffer x, Output lo, Output hi, int64_t stride,
+                                                     int64_t count, int64_t low_rank,
+                                                     int64_t high_rank) {
   Checker check("x", x, 1);
   Thresholds args{};
   args.x = x.untyped_data();

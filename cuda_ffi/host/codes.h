@@ -1,6 +1,7 @@
 // Rounding to the element formats, and the bytes and nibbles that carry codes.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -14,55 +15,44 @@ struct FormatSpec {
   int bias;
   float max;
   float grid_step;  // the smallest positive value
-  bool four_bits;
 };
 
 constexpr FormatSpec kFormats[] = {
-    {1, 1, 6.0f, 0.5f, true},           // E2M1
-    {2, 0, 3.5f, 0.5f, true},           // E1M2
-    {0, 3, 16.0f, 0.25f, true},         // E3M0
-    {3, 7, 448.0f, 0x1p-9f, false},     // E4M3
-    {2, 15, 57344.0f, 0x1p-16f, false}  // E5M2
+    {1, 1, 6.0f, 0.5f},           // E2M1
+    {2, 0, 3.5f, 0.5f},           // E1M2
+    {0, 3, 16.0f, 0.25f},         // E3M0
+    {3, 7, 448.0f, 0x1p-9f},     // E4M3
+    {2, 15, 57344.0f, 0x1p-16f}  // E5M2
 };
 
 constexpr const FormatSpec& Spec(Format format) { return kFormats[static_cast<int>(format)]; }
 
-// The index of the grid value nearest to a number's magnitude, ties to even, saturating: exponent
-// and mantissa bits of the code.
+// The grid value nearest to a number, ties to the even code, saturating; the sign is kept.
 template <Format kFormat>
-inline uint32_t MagnitudeCode(float v) {
+JFP4_INLINE float RoundToFormat(float v) {
   constexpr FormatSpec f = Spec(kFormat);
   constexpr int kShift = 23 - f.mantissa_bits;
-  constexpr uint32_t kMaxBits = [] {
-    // Of a constant: the bits of f.max, its exponent counted up.
-    uint32_t exponent = 127;
-    float m = f.max;
-    while (m >= 2) m /= 2, ++exponent;
-    return exponent << 23 | static_cast<uint32_t>((m - 1) * 0x1p23f);
-  }();
-  constexpr uint32_t kLeastNormalBits = static_cast<uint32_t>(128 - f.bias) << 23;
-  constexpr float kSteps = 1 / f.grid_step;
-  uint32_t bits = BitsOf(v) & ~kSignBit;
-  bits = bits < kMaxBits ? bits : kMaxBits;
-  const uint32_t normal = ShiftRounded(bits, kShift) - (uint32_t(127 - f.bias) << f.mantissa_bits);
-  // Below the least normal value the step is constant; adding 2**23 steps leaves nothing below it.
-  const uint32_t subnormal = BitsOf(FromBits(bits) * kSteps + 0x1p23f) & 0xFF;
-  return bits < kLeastNormalBits ? subnormal : normal;
+  const float magnitude = std::min(std::fabs(v), f.max);
+  // Numbers sort as their bits do, and dropping bits to the even neighbour rounds the number so,
+  // exponents included. Below the least normal value the step is constant: adding 2**23 steps
+  // leaves nothing below it.
+  const float normal = FromBits(ShiftRounded(BitsOf(magnitude), kShift) << kShift);
+  const float subnormal = ((magnitude * (1 / f.grid_step) + 0x1p23f) - 0x1p23f) * f.grid_step;
+  constexpr float kLeastNormal = f.grid_step * (1 << f.mantissa_bits);
+  return std::copysign(magnitude < kLeastNormal ? subnormal : normal, v);
 }
 
-// The E4M3 bytes of a 4-bit format's magnitudes.
-constexpr uint8_t kCarriers[3][8] = {
-    {0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C},  // 0 .5 1 1.5 2 3 4 6
-    {0x00, 0x30, 0x38, 0x3C, 0x40, 0x42, 0x44, 0x46},  // 0 .5 1 1.5 2 2.5 3 3.5
-    {0x00, 0x28, 0x30, 0x38, 0x40, 0x48, 0x50, 0x58},  // 0 .25 .5 1 2 4 8 16
-};
-
-// The byte that carries round(v); `v` is a number.
+// The byte that carries a grid value of a format.
 template <Format kFormat>
-inline uint8_t CodeByte(float v) {
-  uint32_t code = MagnitudeCode<kFormat>(v);
-  if constexpr (Spec(kFormat).four_bits) code = kCarriers[static_cast<int>(kFormat)][code];
-  return code | (BitsOf(v) >> 24 & 0x80);
+JFP4_INLINE uint8_t ByteOfValue(float value) {
+  constexpr bool kE5M2 = kFormat == Format::kE5M2;
+  constexpr FormatSpec f = Spec(kE5M2 ? Format::kE5M2 : Format::kE4M3);
+  constexpr float kLeastNormal = f.grid_step * (1 << f.mantissa_bits);
+  const float magnitude = std::fabs(value);
+  const uint32_t normal =
+      (BitsOf(magnitude) >> (23 - f.mantissa_bits)) - (uint32_t(127 - f.bias) << f.mantissa_bits);
+  const uint32_t subnormal = BitsOf(magnitude * (1 / f.grid_step) + 0x1p23f) & 0xFF;
+  return (magnitude < kLeastNormal ? subnormal : normal) | (BitsOf(value) >> 24 & 0x80);
 }
 
 // The value of an E4M3 or E5M2 byte.
@@ -78,14 +68,15 @@ inline float CodeValue(uint8_t byte, bool e5m2) {
   return FromBits(sign | (exponent + 127 - f.bias) << 23 | mantissa << (23 - f.mantissa_bits));
 }
 
-// The nibble of an E2M1 code that is carried in E4M3: one of the bytes in kCarriers[0].
+// The E4M3 bytes of E2M1's magnitudes, 0 to 6, and back.
+constexpr uint8_t kE2M1Bytes[] = {0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C};
+
 inline uint8_t NibbleOf(uint8_t byte) {
   const uint8_t magnitude = byte & 0x7F;
-  // 0, 30, 38, 3C, 40, 44, 48, 4C: from 38 on a step is four.
   const uint8_t code = magnitude == 0 ? 0 : magnitude == 0x30 ? 1 : (magnitude - 0x30) / 4;
   return code | (byte >> 4 & 8);
 }
 
-inline uint8_t ByteOf(uint8_t nibble) { return kCarriers[0][nibble & 7] | (nibble & 8) << 4; }
+inline uint8_t ByteOf(uint8_t nibble) { return kE2M1Bytes[nibble & 7] | (nibble & 8) << 4; }
 
 }  // namespace jfp4::host

@@ -7,15 +7,18 @@
 
 #include "cuda_ffi/kernels/types.h"
 
+// Small enough, and called often enough, to belong to their callers, whatever these are built for.
+#define JFP4_INLINE [[gnu::always_inline]] inline
+
 namespace jfp4::host {
 
-inline uint32_t BitsOf(float value) {
+JFP4_INLINE uint32_t BitsOf(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-inline float FromBits(uint32_t bits) {
+JFP4_INLINE float FromBits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
@@ -24,9 +27,9 @@ inline float FromBits(uint32_t bits) {
 constexpr uint32_t kSignBit = 0x80000000;
 constexpr uint32_t kInfinityBits = 0x7F800000;
 
-inline float FromBF16(uint16_t v) { return FromBits(uint32_t{v} << 16); }
+JFP4_INLINE float FromBF16(uint16_t v) { return FromBits(uint32_t{v} << 16); }
 
-inline float FromF16(uint16_t v) {
+JFP4_INLINE float FromF16(uint16_t v) {
   constexpr float kSubnormalStep = 0x1p-24f;
   const uint32_t sign = uint32_t{v} >> 15 << 31, exponent = v >> 10 & 31, mantissa = v & 1023;
   if (exponent == 0) return FromBits(BitsOf(mantissa * kSubnormalStep) | sign);
@@ -35,7 +38,7 @@ inline float FromF16(uint16_t v) {
 }
 
 // `bits` without its last `shift`, rounded to nearest, ties to even.
-inline uint32_t ShiftRounded(uint32_t bits, int shift) {
+JFP4_INLINE uint32_t ShiftRounded(uint32_t bits, int shift) {
   return (bits + (1u << (shift - 1)) - 1 + (bits >> shift & 1)) >> shift;
 }
 
@@ -60,7 +63,7 @@ inline uint16_t ToF16(float v) {
 }
 
 // `count` consecutive numbers from the `offset`-th.
-inline void Load(const void* from, DType type, int64_t offset, int64_t count, float* to) {
+JFP4_INLINE void Load(const void* from, DType type, int64_t offset, int64_t count, float* to) {
   switch (type) {
     case DType::kF32:
       std::memcpy(to, static_cast<const float*>(from) + offset, count * sizeof(float));

@@ -16,6 +16,6 @@ constexpr auto OnPool = [](ffi::ThreadPool pool, auto... buffers) -> ffi::Error 
 }  // namespace jfp4::host
 
 // Defines the handler `symbol` of a call.
-#define JFP4_HOST_HANDLER(symbol, Call, run)                                  \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (::jfp4::host::OnPool<Call, run>),    \
+#define JFP4_HOST_HANDLER(symbol, Call, run)                               \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (::jfp4::host::OnPool<Call, run>), \
                                 Call::Bind<::xla::ffi::ThreadPool>())

@@ -33,7 +33,8 @@ struct Operand {
       std::copy(from + begin, from + end, to);
       return;
     }
-    for (int64_t i = begin; i < end; ++i) *to++ = ByteOf(i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15);
+    for (int64_t i = begin; i < end; ++i)
+      *to++ = ByteOf(i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15);
   }
 
   float Value(uint8_t byte) const { return CodeValue(byte, encoding == Encoding::kE5M2); }
@@ -159,29 +160,29 @@ void MultiplyIntegers(const Operand& a, const Lattice& la, const Operand& b, con
   // The instructions want a unsigned: its offset adds a multiple of b's sum.
   const IntegerPanel<uint8_t> pa(a, la, la.max, kIntegerRows, pool);
   const IntegerPanel<int8_t> pb(b, lb, 0, kIntegerCols, pool);
-  const int64_t k = pa.k, steps = 32767 / (4 * la.max * lb.max) / (kIntegerStep / 32);
+  // A lane takes two products a time, of numbers up to 2 la.max and lb.max; there is room for one.
+  const int64_t k = pa.k, exact = kIntegerLanes * (32767 / (2 * 2 * la.max * lb.max));
   const float unit = 1.0f / static_cast<float>(la.factor * lb.factor);
-  ForBlocks(a.rows, b.rows, kRows, kCols, pool,
-            [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
-              float sums[kRows * kCols];
-              for (int64_t j = 0; j < cols; j += kIntegerCols) {
-                for (int64_t i = 0; i < rows; i += kIntegerRows) {
-                  int32_t c[kIntegerRows * kIntegerCols];
-                  tile(pa.values.data() + (row + i) * k, pb.values.data() + (col + j) * k, k, steps,
-                       c);
-                  for (int64_t di = 0; di < std::min(kIntegerRows, rows - i); ++di) {
-                    for (int64_t dj = 0; dj < std::min(kIntegerCols, cols - j); ++dj) {
-                      const int32_t sum =
-                          c[di * kIntegerCols + dj] - la.max * pb.sums[col + j + dj];
-                      sums[(i + di) * kCols + j + dj] = static_cast<float>(sum) * unit;
-                    }
-                  }
-                }
+  ForBlocks(
+      a.rows, b.rows, kRows, kCols, pool,
+      [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
+        float sums[kRows * kCols];
+        for (int64_t i = 0; i < rows; i += kIntegerRows) {
+          for (int64_t j = 0; j < cols; j += kIntegerCols) {
+            int32_t c[kIntegerRows * kIntegerCols];
+            tile(pa.values.data() + (row + i) * k, pb.values.data() + (col + j) * k, k, exact, c);
+            for (int64_t di = 0; di < std::min(kIntegerRows, rows - i); ++di) {
+              for (int64_t dj = 0; dj < std::min(kIntegerCols, cols - j); ++dj) {
+                const int32_t sum = c[di * kIntegerCols + dj] - la.max * pb.sums[col + j + dj];
+                sums[(i + di) * kCols + j + dj] = static_cast<float>(sum) * unit;
               }
-              for (int64_t i = 0; i < rows; ++i) {
-                epilogue.Finish(row + i, col, cols, sums + i * kCols);
-              }
-            });
+            }
+          }
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          epilogue.Finish(row + i, col, cols, sums + i * kCols);
+        }
+      });
 }
 
 // Values of rows [row, row + kWidth) for steps [begin, end) of k, a step after the other.

@@ -12,8 +12,8 @@ namespace jfp4::host {
 // one.
 enum class Encoding { kE4M3, kE5M2, kNibbles };
 
-// y of `args`, whose operands are written as `a` and `b` say. Sums of 4-bit codes are exact and then
-// rounded once; others are float32's.
+// y of `args`, whose operands are written as `a` and `b` say. Sums of 4-bit codes are exact and
+// then rounded once; others are float32's.
 void Multiply(const Gemm& args, Encoding a, Encoding b, xla::ffi::ThreadPool pool);
 
 }  // namespace jfp4::host

@@ -1,9 +1,10 @@
 // The quantisers on the CPU: the numerics of jfp4/ops/quantize.py and outliers.py, bit for bit.
+#include "cuda_ffi/ffi/quantize.h"
+
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-#include "cuda_ffi/ffi/quantize.h"
 #include "cuda_ffi/host/codes.h"
 #include "cuda_ffi/host/handler.h"
 #include "cuda_ffi/host/parallel.h"
@@ -216,8 +217,7 @@ void RunGradient(const QuantizeGradient& args, ffi::ThreadPool pool) {
     by_row.col_factor = args.col_factor + i * cols;
     float* row_scale = args.row_scale + i * rows;
     ScaleRows(by_row, row_scale, pool);
-    Round(by_row, row_scale, true, {args.codes + i * rows * cols, nullptr, nullptr, nullptr},
-          pool);
+    Round(by_row, row_scale, true, {args.codes + i * rows * cols, nullptr, nullptr, nullptr}, pool);
     Source by_column = MakeSource(args.in, args.format, i);
     by_column.row_factor = args.row_factor + i * rows;
     float* col_scale = args.col_scale + i * cols;

@@ -39,7 +39,11 @@ void FloatTilePortable(const float* a, const float* b, int64_t k, float* c, int6
 // The loops over a tile are unrolled, every one of them, for its sums to stay in registers.
 #define JFP4_UNROLL _Pragma("GCC unroll 8")
 
-__attribute__((target("avx2"))) int32_t Sum(__m256i v) {
+__attribute__((target("avx2"))) inline __m256i Load(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+__attribute__((target("avx2"))) inline int32_t Sum(__m256i v) {
   __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1));
@@ -47,22 +51,19 @@ __attribute__((target("avx2"))) int32_t Sum(__m256i v) {
 }
 
 __attribute__((target("avx2"))) void IntegerTileAvx2(const uint8_t* a, const int8_t* b, int64_t k,
-                                                     int64_t exact_steps, int32_t* c) {
-  constexpr int64_t kTile = kIntegerRows * kIntegerCols, kWidth = 32;
-  const auto load = [](const void* from) __attribute__((target("avx2"))) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(from));
-  };
+                                                     int64_t exact, int32_t* c) {
+  constexpr int64_t kTile = kIntegerRows * kIntegerCols;
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i wide[kTile];
   JFP4_UNROLL for (int64_t t = 0; t < kTile; ++t) wide[t] = _mm256_setzero_si256();
-  for (int64_t start = 0; start < k; start += exact_steps * kIntegerStep) {
-    const int64_t end = std::min(k, start + exact_steps * kIntegerStep);
+  for (int64_t start = 0; start < k; start += exact) {
+    const int64_t end = std::min(k, start + exact);
     __m256i narrow[kTile];
     JFP4_UNROLL for (int64_t t = 0; t < kTile; ++t) narrow[t] = _mm256_setzero_si256();
-    for (int64_t p = start; p < end; p += kWidth) {
-      const __m256i b0 = load(b + p), b1 = load(b + k + p);
+    for (int64_t p = start; p < end; p += kIntegerLanes) {
+      const __m256i b0 = Load(b + p), b1 = Load(b + k + p);
       JFP4_UNROLL for (int64_t i = 0; i < kIntegerRows; ++i) {
-        const __m256i row = load(a + i * k + p);
+        const __m256i row = Load(a + i * k + p);
         narrow[2 * i] = _mm256_add_epi16(narrow[2 * i], _mm256_maddubs_epi16(row, b0));
         narrow[2 * i + 1] = _mm256_add_epi16(narrow[2 * i + 1], _mm256_maddubs_epi16(row, b1));
       }

@@ -6,10 +6,11 @@
 namespace jfp4::host {
 
 // Sums of products of small integers, four rows of a by two of b, each row along k, which is a
-// multiple of kIntegerStep: c[2 i + j] = sum a[i] b[j]. `exact_steps` is how many steps of
-// kIntegerStep may be added up before a pair of neighbours could pass int16.
-constexpr int64_t kIntegerRows = 4, kIntegerCols = 2, kIntegerStep = 64;
-using IntegerTile = void (*)(const uint8_t* a, const int8_t* b, int64_t k, int64_t exact_steps,
+// multiple of kIntegerStep: c[2 i + j] = sum a[i] b[j]. Products are added up in pairs of
+// neighbours, and these lane by lane in int16: `exact` products along k, a multiple of
+// kIntegerLanes, stay exact.
+constexpr int64_t kIntegerRows = 4, kIntegerCols = 2, kIntegerStep = 64, kIntegerLanes = 32;
+using IntegerTile = void (*)(const uint8_t* a, const int8_t* b, int64_t k, int64_t exact,
                              int32_t* c);
 IntegerTile ChooseIntegerTile();
 

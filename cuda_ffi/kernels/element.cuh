@@ -255,11 +255,13 @@ __device__ __forceinline__ float Code(float x, float inverse_scale, const Limits
   const float clipped = kClip == Clip::kNone ? x : fminf(fmaxf(x, limits.lo), limits.hi);
   const float v = __fmul_rn(clipped, inverse_scale);
   if constexpr (kClip == Clip::kCompensate) {
-    float outlier;  // subnormals flushed on the way in and out; the sum below forgets zeros' signs
-    asm("mul.rn.ftz.f32 %0, %1, %2;"
-        : "=f"(outlier)
-        : "f"(__fsub_rn(x, clipped)), "f"(inverse_scale));
-    return __fadd_rn(RoundToGrid<kFormat>(v), outlier);
+    // The residual and its quotient are flushed, each after its own rounding, which a flushing
+    // product would not do: the residual by a product with one, the quotient as it is added.
+    float residual, sum;
+    asm("mul.rn.ftz.f32 %0, %1, 0f3F800000;" : "=f"(residual) : "f"(__fsub_rn(x, clipped)));
+    const float outlier = __fmul_rn(residual, inverse_scale);
+    asm("add.rn.ftz.f32 %0, %1, %2;" : "=f"(sum) : "f"(RoundToGrid<kFormat>(v)), "f"(outlier));
+    return sum;
   } else if constexpr (IsFourBit(kFormat)) {
     const uint32_t sign = __float_as_uint(v) & kSignBit;  // a negative zero keeps it
     return __uint_as_float(__float_as_uint(RoundToGrid<kFormat>(v)) | sign);
@@ -279,8 +281,8 @@ __host__ __device__ constexpr Format Carrier(Format format, Clip clip) {
 // is 7 6 3 2: for 0.5, which alone has 5 set and 3 clear, the last is to be set, too.
 __device__ __forceinline__ uint32_t ToNibbles(uint32_t bytes) {
   const uint32_t last = bytes >> 2 | (bytes >> 5 & ~(bytes >> 3));
-  const uint32_t nibbles = (last & 0x01010101) | (bytes >> 2 & 0x02020202) |
-                           (bytes >> 4 & 0x0C0C0C0C);
+  const uint32_t nibbles =
+      (last & 0x01010101) | (bytes >> 2 & 0x02020202) | (bytes >> 4 & 0x0C0C0C0C);
   const uint32_t pairs = nibbles | nibbles >> 4;  // in bytes 0 and 2
   return __byte_perm(pairs, 0, 0x4420);
 }

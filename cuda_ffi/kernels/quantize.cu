@@ -1,13 +1,11 @@
 // Quantisation is bound by memory: each kernel reads its input as few times as its reduction allows
 // and writes every layout in whole 32-byte sectors.
 //
-//   RowsKernel          one layout, a scale a row: the row waits in registers for its scale.
-//   BothLayoutsKernel   both layouts, a scale a row: 32 rows wait in the shared memory of a cluster.
-//   ColumnAmaxKernel,   a scale a column: one pass for the largest magnitudes, a second one for the
-//   TileKernel            codes, transposed in tiles.
-//   GradientKernel      a scale a row and, from the same read, the largest magnitudes by column for
-//                         a TileKernel to follow.
-//   Any...Kernel        the same for any shape, alignment, type and format, chosen at run time.
+//   RowsKernel        a scale a row: the row waits in registers for its scale.
+//   TransposeKernel   the other layout of its codes.
+//   ColumnAmaxKernel  a scale a column, first pass: the largest magnitudes.
+//   TileKernel        a scale a column, second pass: the codes, transposed in tiles.
+//   Any...Kernel      the same for any shape, alignment, type and format, chosen at run time.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -32,6 +30,11 @@ constexpr int kPerVector = kVectorBytes / ElementBytes(kType);
 constexpr int kHeld = 32;
 template <DType kType>
 constexpr int kVectorsHeld = kHeld / kPerVector<kType>;
+
+// Tiles are counted in 32 bits, as blocks are.
+__device__ __forceinline__ uint32_t TileCount(int64_t size, int tile) {
+  return static_cast<uint32_t>((size + tile - 1) / tile);
+}
 
 __device__ __forceinline__ uint32_t WarpMax(uint32_t v) { return __reduce_max_sync(~0u, v); }
 
@@ -98,8 +101,8 @@ __device__ __forceinline__ void Encode(const float (&x)[kElements],
     for (int j = 0; j < 4; ++j) {
       code[j] = Code<kFormat, kClip>(x[4 * i + j], scaling.inverse[4 * i + j], limits);
     }
-    words[i] = scaling.keep[i] &
-               ToBytes<Carrier(kFormat, kClip)>(code[0], code[1], code[2], code[3]);
+    words[i] =
+        scaling.keep[i] & ToBytes<Carrier(kFormat, kClip)>(code[0], code[1], code[2], code[3]);
   }
 }
 
@@ -176,15 +179,32 @@ __device__ __forceinline__ void StoreTransposed(const uint32_t* tile, int stride
   }
 }
 
-// --- a scale a row, one layout ---
+// --- a scale a row ---
 
-// A block a row.
-template <DType kType, Format kFormat, Clip kClip>
+// The vector's elements times the columns' factors.
+template <DType kType>
+__device__ __forceinline__ void Multiply(const uint4& vector, const float* factors,
+                                         float (&out)[kPerVector<kType>]) {
+  Unpack<kType>(vector, out);
+#pragma unroll
+  for (int i = 0; i < kPerVector<kType>; i += 4) {
+    const float4 factor = __ldg(reinterpret_cast<const float4*>(factors + i));
+    out[i] = __fmul_rn(out[i], factor.x);
+    out[i + 1] = __fmul_rn(out[i + 1], factor.y);
+    out[i + 2] = __fmul_rn(out[i + 2], factor.z);
+    out[i + 3] = __fmul_rn(out[i + 3], factor.w);
+  }
+}
+
+// A block a row, which waits in registers for its scale. With kFactor it is multiplied by
+// col_factor, [batch, cols], first, and clipped not at all.
+template <DType kType, Format kFormat, Clip kClip, bool kFactor>
 __global__ void __launch_bounds__(kMaxThreads)
-    RowsKernel(const __grid_constant__ QuantizeRows args) {
+    RowsKernel(const __grid_constant__ QuantizeRows args, const float* col_factor) {
+  static_assert(!kFactor || kClip == Clip::kNone);
   constexpr int kElements = kPerVector<kType>, kVectors = kVectorsHeld<kType>;
   __shared__ uint32_t warp_amax[kMaxThreads / kWarp];
-  const int64_t row = blockIdx.x;
+  const int64_t row = blockIdx.x, batch = row / args.in.rows;
   const int vectors = static_cast<int>(args.in.cols / kElements);
   const uint4* x = static_cast<const uint4*>(args.in.x) + row * vectors;
 
@@ -195,11 +215,28 @@ __global__ void __launch_bounds__(kMaxThreads)
     held[i] = vector < vectors ? __ldcs(x + vector) : uint4{};
   }
   Limits limits = {};
-  if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, row / args.in.rows);
-  Extremes<kType> extremes;
+  if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, batch);
+  float products[kFactor ? kVectors : 1][kElements];
+  uint32_t amax;
+  if constexpr (kFactor) {
+    float largest = 0;
 #pragma unroll
-  for (const uint4& vector : held) Include(extremes, vector);
-  uint32_t amax = WarpMax(extremes.template Magnitude<kClip>(limits));
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = threadIdx.x + i * blockDim.x;
+      if (vector >= vectors) break;
+      const float* factors = col_factor + batch * args.in.cols + vector * kElements;
+      Multiply<kType>(held[i], factors, products[i]);
+#pragma unroll
+      for (const float product : products[i]) largest = MaxOrNaN(largest, fabsf(product));
+    }
+    amax = __float_as_uint(largest);
+  } else {
+    Extremes<kType> extremes;
+#pragma unroll
+    for (const uint4& vector : held) Include(extremes, vector);
+    amax = extremes.template Magnitude<kClip>(limits);
+  }
+  amax = WarpMax(amax);
   const int lane = threadIdx.x % kWarp;
   if (lane == 0) warp_amax[threadIdx.x / kWarp] = amax;
   __syncthreads();
@@ -214,7 +251,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int vector = threadIdx.x + i * blockDim.x;
     if (vector >= vectors) break;
     float v[kElements];
-    Unpack<kType>(held[i], v);
+    if constexpr (kFactor) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) v[j] = products[i][j];
+    } else {
+      Unpack<kType>(held[i], v);
+    }
     uint32_t words[kElements / 4];
     Encode<kFormat, kClip>(v, scaling, limits, words);
     const int64_t at = (row * vectors + vector) * kElements;
@@ -223,128 +265,59 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// --- a scale a row, both layouts ---
+// --- the transpose of codes ---
 
-constexpr int kClusterRows = 32;  // a sector of each column of codes_t
-constexpr int kMaxCluster = 8;
-constexpr int kMinBlockCols = 256;
-constexpr int kBlockColsUnit = 64;  // with two bytes an element, whole rounds of the banks
+constexpr int kTile = 128;
+constexpr int kTransposeThreads = 256;
 
-__device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
+// codes_t from codes, [batch, rows, cols]. To write both layouts in one pass, 32 rows of x would
+// have to wait in shared memory, a cluster's, for their scales: reading the codes once more, half
+// from L2, is faster by a third.
+__global__ void __launch_bounds__(kTransposeThreads)
+    TransposeKernel(const uint8_t* codes, int64_t rows, int64_t cols, uint8_t* codes_t) {
+  constexpr int kStride = kTile / 4;  // words
+  constexpr int kLanes = kTile / kVectorBytes;
+  constexpr int kLoads = kTile / (kTransposeThreads / kLanes);
+  __shared__ __align__(16) uint32_t tile[kTile * kStride];
+  // From the last tile to the first: the end of the codes is what the pass before has left in L2.
+  const uint32_t index = gridDim.x - 1 - blockIdx.x;
+  const uint32_t col_tiles = TileCount(cols, kTile), row_tiles = TileCount(rows, kTile);
+  const int64_t first_col = int64_t{index % col_tiles} * kTile;
+  const int64_t first_row = int64_t{index / col_tiles % row_tiles} * kTile;
+  const int64_t batch = index / (col_tiles * row_tiles);
+  const int tile_rows = static_cast<int>(min(rows - first_row, int64_t{kTile}));
+  const int tile_cols = static_cast<int>(min(cols - first_col, int64_t{kTile}));
+  const int col = threadIdx.x % kLanes * kVectorBytes;
 
-__device__ __forceinline__ void ClusterWait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ uint32_t ClusterSize() {
-  uint32_t size;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
-
-__device__ __forceinline__ void StoreRemote(uint32_t address, uint32_t value) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-// Copies whole vectors to shared memory and counts their bytes on `barrier`.
-__device__ __forceinline__ void BulkLoad(void* to, const void* from, uint32_t bytes,
-                                         uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(SharedAddress(to)),
-      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
-      : "memory");
-}
-
-// A cluster has 32 rows of a matrix, each block of it `block_cols` columns of them. A warp has whole
-// rows of its block: it leaves the codes of a row in front of the part of the row that it has yet
-// to read, where the block then finds them to transpose.
-template <DType kType, Format kFormat, Clip kClip>
-__global__ void __launch_bounds__(512, 2)
-    BothLayoutsKernel(const __grid_constant__ QuantizeRows args, int block_cols) {
-  constexpr int kElements = kPerVector<kType>;
-  extern __shared__ __align__(128) uint8_t tile[];
-  __shared__ uint32_t amax[kMaxCluster][kClusterRows];
-  __shared__ uint64_t loaded;
-
-  const int rank = ClusterRank(), cluster_size = ClusterSize();
-  const int64_t row_tiles = (args.in.rows + kClusterRows - 1) / kClusterRows;
-  const int64_t cluster = blockIdx.x / cluster_size, batch = cluster / row_tiles;
-  const int64_t row_in_matrix = cluster % row_tiles * kClusterRows;
-  const int64_t first_row = batch * args.in.rows + row_in_matrix;  // counted over all matrices
-  const int64_t first_col = static_cast<int64_t>(rank) * block_cols;
-  const int rows = static_cast<int>(min(args.in.rows - row_in_matrix, int64_t{kClusterRows}));
-  const int cols = static_cast<int>(max(min(args.in.cols - first_col, int64_t{block_cols}),
-                                        int64_t{0}));
-  const int stride = block_cols * ElementBytes(kType);
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-
-  if (threadIdx.x == 0) {
-    BarrierInit(&loaded, 1);
-    FenceBarrierInit();
-    BarrierExpect(&loaded, rows * cols * ElementBytes(kType));
+  const uint8_t* from = codes + (batch * rows + first_row) * cols + first_col + col;
+  uint4 held[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int row = threadIdx.x / kLanes + i * (kTransposeThreads / kLanes);
+    held[i] = row < tile_rows && col < tile_cols
+                  ? __ldcs(reinterpret_cast<const uint4*>(from + row * cols))
+                  : uint4{};
   }
-  if (warp == 0) {
-    __syncwarp();
-    static_assert(kClusterRows == kWarp, "a lane copies a row");
-    if (lane < rows && cols > 0) {
-      const uint8_t* from = static_cast<const uint8_t*>(args.in.x) +
-                            ((first_row + lane) * args.in.cols + first_col) * ElementBytes(kType);
-      BulkLoad(tile + lane * stride, from, cols * ElementBytes(kType), &loaded);
-    }
-  }
-  __syncthreads();  // the barrier is initialised
-  ClusterArrive();
-  Limits limits = {};
-  if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, batch);
-  BarrierWait(&loaded, 0);
-  ClusterWait();  // every block runs, so that its shared memory may be written
-
-  const int vectors = cols / kElements;
-  for (int row = warp; row < rows; row += warps) {
-    const uint4* x = reinterpret_cast<const uint4*>(tile + row * stride);
-    Extremes<kType> extremes;
-    for (int vector = lane; vector < vectors; vector += kWarp) Include(extremes, x[vector]);
-    const uint32_t magnitude = WarpMax(extremes.template Magnitude<kClip>(limits));
-    if (lane < cluster_size) StoreRemote(MapToRank(SharedAddress(&amax[rank][row]), lane), magnitude);
-  }
-  ClusterSync();
-
-  for (int row = warp; row < rows; row += warps) {
-    const float scale = ScaleOf(WarpMax(lane < cluster_size ? amax[lane][row] : 0), kFormat);
-    if (rank == 0 && lane == 0) args.scale[first_row + row] = scale;
-    Scaling<kElements> scaling;
-    scaling.Set(scale);
-    const uint4* x = reinterpret_cast<const uint4*>(tile + row * stride);
-    uint32_t* codes = reinterpret_cast<uint32_t*>(tile + row * stride);
-    const int64_t at_row = (first_row + row) * args.in.cols + first_col;
-    for (int base = 0; base < vectors; base += kWarp) {
-      const int vector = base + lane;
-      const uint4 loaded_vector = vector < vectors ? x[vector] : uint4{};
-      __syncwarp();  // the codes overwrite what other lanes have just read
-      if (vector >= vectors) break;
-      float v[kElements];
-      Unpack<kType>(loaded_vector, v);
-      uint32_t words[kElements / 4];
-      Encode<kFormat, kClip>(v, scaling, limits, words);
-      const int64_t at = at_row + vector * kElements;
-      if (args.codes != nullptr) StoreBytes(args.codes + at, words);
-      if (args.packed != nullptr) StoreNibbles(args.packed + at / 2, words);
-      StoreBytes(codes + TileWord<kClusterRows>(row, vector * (kElements / 4)), words);
-    }
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int row = threadIdx.x / kLanes + i * (kTransposeThreads / kLanes);
+    *reinterpret_cast<uint4*>(tile + row * kStride + TileWord<kTile>(row, col / 4)) = held[i];
   }
   __syncthreads();
-  StoreTransposed<kClusterRows>(
-      reinterpret_cast<const uint32_t*>(tile), stride / 4, rows, cols, args.in.rows,
-      args.codes_t + (batch * args.in.cols + first_col) * args.in.rows + row_in_matrix, nullptr);
+  StoreTransposed<kTile>(tile, kStride, tile_rows, tile_cols, rows,
+                         codes_t + (batch * cols + first_col) * rows + first_row, nullptr);
 }
 
 // --- a scale a column ---
 
+// The columns' codes of x * row_factor; `columns.amax` gets its largest magnitudes first.
+struct Tiles {
+  QuantizeColumns columns;
+  const float* row_factor;  // null is one
+};
+
 constexpr int kColumnThreads = 256;
-constexpr int kInFlight = 8;  // loads of a thread
+constexpr int kInFlight = 4;  // loads of a thread
 
 // Lanes have the vectors of a row, warps the rows of a chunk in turn. Adds to args.amax, whose
 // values are compared as integers.
@@ -354,21 +327,23 @@ static_assert(kAmaxRows % (kInFlight * kColumnThreads / kWarp) == 0);
 template <DType kType>
 constexpr int kAmaxCols = kWarp * kPerVector<kType>;
 
-template <DType kType>
+template <DType kType, bool kFactor>
 __global__ void __launch_bounds__(kColumnThreads)
-    ColumnAmaxKernel(const __grid_constant__ QuantizeColumns args) {
+    ColumnAmaxKernel(const __grid_constant__ Tiles tiles) {
+  const QuantizeColumns& args = tiles.columns;
   constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
   constexpr int kWarps = kColumnThreads / kWarp;
   __shared__ __align__(16) uint32_t magnitudes[kWarps][kCols];
-  const int64_t col_blocks = (args.in.cols + kCols - 1) / kCols;
-  const int64_t chunks = (args.in.rows + kAmaxRows - 1) / kAmaxRows;
-  const int64_t first_col = blockIdx.x % col_blocks * kCols;
-  const int64_t first_row = blockIdx.x / col_blocks % chunks * kAmaxRows;
+  const uint32_t col_blocks = TileCount(args.in.cols, kCols);
+  const uint32_t chunks = TileCount(args.in.rows, kAmaxRows);
+  const int64_t first_col = int64_t{blockIdx.x % col_blocks} * kCols;
+  const int64_t first_row = int64_t{blockIdx.x / col_blocks % chunks} * kAmaxRows;
   const int64_t batch = blockIdx.x / (col_blocks * chunks);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t col = first_col + lane * kElements;
 
   Extremes<kType> extremes[4];
+  float largest[kFactor ? kElements : 1] = {};
   if (col < args.in.cols) {
     const uint4* x = static_cast<const uint4*>(args.in.x) +
                      (batch * args.in.rows * args.in.cols + col) / kElements;
@@ -380,11 +355,22 @@ __global__ void __launch_bounds__(kColumnThreads)
         held[i] = r < args.in.rows ? __ldg(x + r * args.in.cols / kElements) : uint4{};
       }
 #pragma unroll
-      for (const uint4& vector : held) {
-        extremes[0].Include(vector.x);
-        extremes[1].Include(vector.y);
-        extremes[2].Include(vector.z);
-        extremes[3].Include(vector.w);
+      for (int i = 0; i < kInFlight; ++i) {
+        if constexpr (kFactor) {
+          const int64_t r = min(first_row + row + i * kWarps, args.in.rows - 1);
+          const float factor = __ldg(tiles.row_factor + batch * args.in.rows + r);
+          float v[kElements];
+          Unpack<kType>(held[i], v);
+#pragma unroll
+          for (int j = 0; j < kElements; ++j) {
+            largest[j] = MaxOrNaN(largest[j], fabsf(__fmul_rn(v[j], factor)));
+          }
+        } else {
+          extremes[0].Include(held[i].x);
+          extremes[1].Include(held[i].y);
+          extremes[2].Include(held[i].z);
+          extremes[3].Include(held[i].w);
+        }
       }
     }
   }
@@ -392,33 +378,29 @@ __global__ void __launch_bounds__(kColumnThreads)
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     constexpr int kPerWord = Word<kType>::kElements;
-    magnitudes[warp][lane * kElements + i] =
-        extremes[i / kPerWord].template Magnitude<Clip::kClamp>(i % kPerWord, limits);
+    uint32_t& magnitude = magnitudes[warp][lane * kElements + i];
+    if constexpr (kFactor) {
+      magnitude = __float_as_uint(largest[i]);
+    } else {
+      magnitude = extremes[i / kPerWord].template Magnitude<Clip::kClamp>(i % kPerWord, limits);
+    }
   }
   __syncthreads();
   if (threadIdx.x < kCols && first_col + threadIdx.x < args.in.cols) {
-    uint32_t largest = 0;
+    uint32_t amax = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) largest = max(largest, magnitudes[i][threadIdx.x]);
-    float* amax = args.amax + batch * args.in.cols + first_col + threadIdx.x;
-    atomicMax(reinterpret_cast<uint32_t*>(amax), largest);
+    for (int i = 0; i < kWarps; ++i) amax = max(amax, magnitudes[i][threadIdx.x]);
+    float* to = args.amax + batch * args.in.cols + first_col + threadIdx.x;
+    atomicMax(reinterpret_cast<uint32_t*>(to), amax);
   }
 }
 
-// The columns' codes of x * row_factor, of which `columns.amax` has the largest magnitudes.
-struct Tiles {
-  QuantizeColumns columns;
-  const float* row_factor;  // null is one
-};
-
-constexpr int kTile = 128;
-
 template <DType kType, Format kFormat, Clip kClip>
-__global__ void __launch_bounds__(kColumnThreads, 3)
+__global__ void __launch_bounds__(kColumnThreads, 4)
     TileKernel(const __grid_constant__ Tiles tiles) {
   const QuantizeColumns& args = tiles.columns;
   constexpr int kElements = kPerVector<kType>;
-  constexpr int kLanes = kTile / kElements;               // that have a row of the tile
+  constexpr int kLanes = kTile / kElements;  // that have a row of the tile
   constexpr int kRowsAtOnce = kColumnThreads / kLanes;
   constexpr int kChunkRows = kInFlight * kRowsAtOnce;
   constexpr int kStride = kTile / 4;  // words
@@ -426,11 +408,11 @@ __global__ void __launch_bounds__(kColumnThreads, 3)
   __shared__ __align__(16) uint32_t tile[kTile * kStride];
 
   // From the last tile to the first: the end of x is what the pass before has left in L2.
-  const int64_t index = gridDim.x - 1 - blockIdx.x;
-  const int64_t col_tiles = (args.in.cols + kTile - 1) / kTile;
-  const int64_t row_tiles = (args.in.rows + kTile - 1) / kTile;
-  const int64_t first_col = index % col_tiles * kTile;
-  const int64_t first_row = index / col_tiles % row_tiles * kTile;
+  const uint32_t index = gridDim.x - 1 - blockIdx.x;
+  const uint32_t col_tiles = TileCount(args.in.cols, kTile);
+  const uint32_t row_tiles = TileCount(args.in.rows, kTile);
+  const int64_t first_col = int64_t{index % col_tiles} * kTile;
+  const int64_t first_row = int64_t{index / col_tiles % row_tiles} * kTile;
   const int64_t batch = index / (col_tiles * row_tiles);
   const int rows = static_cast<int>(min(args.in.rows - first_row, int64_t{kTile}));
   const int cols = static_cast<int>(min(args.in.cols - first_col, int64_t{kTile}));
@@ -439,12 +421,13 @@ __global__ void __launch_bounds__(kColumnThreads, 3)
   if (col < cols) {
     const int64_t origin = (batch * args.in.rows + first_row) * args.in.cols + first_col + col;
     const uint4* x = static_cast<const uint4*>(args.in.x) + origin / kElements;
+    const int64_t vectors = args.in.cols / kElements;
     uint4 held[kInFlight];
     const auto load = [&](int row) {
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int r = row + i * kRowsAtOnce;
-        held[i] = r < rows ? __ldcs(x + r * args.in.cols / kElements) : uint4{};
+        held[i] = r < rows ? __ldcs(x + r * vectors) : uint4{};
       }
     };
     load(lane_row);
@@ -490,111 +473,6 @@ __global__ void __launch_bounds__(kColumnThreads, 3)
   StoreTransposed<kTile>(tile, kStride, rows, cols, args.in.rows,
                          args.codes_t == nullptr ? nullptr : args.codes_t + at,
                          args.packed_t == nullptr ? nullptr : args.packed_t + at / 2);
-}
-
-// --- gradients ---
-
-constexpr int kGradientThreads = 512;
-
-// Each block has every `blocks`-th row of a matrix, and each thread the same columns of all of them:
-// it holds their factors and largest magnitudes, and has the next row in flight.
-template <DType kType, Format kFormat>
-__global__ void __launch_bounds__(kGradientThreads, 1)
-    GradientKernel(const __grid_constant__ QuantizeGradient args, int blocks) {
-  constexpr int kElements = kPerVector<kType>, kVectors = kVectorsHeld<kType>;
-  extern __shared__ float4 col_factors[];  // [kElements / 4][vectors], no two lanes in a bank
-  __shared__ uint32_t warp_amax[2][kGradientThreads / kWarp];
-  const int64_t batch = blockIdx.x / blocks;
-  const int vectors = static_cast<int>(args.in.cols / kElements);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-
-  // A thread reads the factors that it has written, and no others.
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int vector = threadIdx.x + i * blockDim.x;
-    if (vector >= vectors) break;
-#pragma unroll
-    for (int j = 0; j < kElements / 4; ++j) {
-      float4 factor = make_float4(1, 1, 1, 1);
-      if (args.col_factor != nullptr) {
-        const float* from = args.col_factor + batch * args.in.cols + vector * kElements + 4 * j;
-        factor = make_float4(from[0], from[1], from[2], from[3]);
-      }
-      col_factors[j * vectors + vector] = factor;
-    }
-  }
-
-  uint4 next[kVectors];
-  const auto load = [&](int64_t row) {
-    const uint4* x = static_cast<const uint4*>(args.in.x) + (batch * args.in.rows + row) * vectors;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int vector = threadIdx.x + i * blockDim.x;
-      next[i] = vector < vectors ? __ldg(x + vector) : uint4{};
-    }
-  };
-  float col_amax[kVectors][kElements] = {};
-  int parity = 0;
-  int64_t row = blockIdx.x % blocks;
-  if (row < args.in.rows) load(row);
-  for (; row < args.in.rows; row += blocks, parity ^= 1) {
-    const int64_t slice = batch * args.in.rows + row;
-    const float row_factor = args.row_factor == nullptr ? 1.0f : args.row_factor[slice];
-    float v[kVectors][kElements];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) Unpack<kType>(next[i], v[i]);
-    if (row + blocks < args.in.rows) load(row + blocks);
-
-    float row_amax = 0;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int vector = threadIdx.x + i * blockDim.x;
-      if (vector >= vectors) break;
-#pragma unroll
-      for (int j = 0; j < kElements; j += 4) {
-        const float4 factor = col_factors[j / 4 * vectors + vector];
-        const float factors[4] = {factor.x, factor.y, factor.z, factor.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          float& value = v[i][j + k];
-          float& largest = col_amax[i][j + k];
-          largest = MaxOrNaN(largest, fabsf(__fmul_rn(value, row_factor)));
-          value = __fmul_rn(value, factors[k]);
-          row_amax = MaxOrNaN(row_amax, fabsf(value));
-        }
-      }
-    }
-    if (args.codes == nullptr) continue;
-
-    // By turns in two places, so that one barrier a row will do.
-    const uint32_t magnitude = WarpMax(__float_as_uint(row_amax));
-    if (lane == 0) warp_amax[parity][warp] = magnitude;
-    __syncthreads();
-    const float scale = ScaleOf(
-        WarpMax(lane < blockDim.x / kWarp ? warp_amax[parity][lane] : 0), kFormat);
-    if (threadIdx.x == 0) args.row_scale[slice] = scale;
-    Scaling<kElements> scaling;
-    scaling.Set(scale);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int vector = threadIdx.x + i * blockDim.x;
-      if (vector >= vectors) break;
-      uint32_t words[kElements / 4];
-      Encode<kFormat, Clip::kNone>(v[i], scaling, Limits{}, words);
-      StoreBytes(args.codes + (slice * vectors + vector) * kElements, words);
-    }
-  }
-  if (args.codes_t == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int vector = threadIdx.x + i * blockDim.x;
-    if (vector >= vectors) break;
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      float* amax = args.amax + batch * args.in.cols + vector * kElements + j;
-      atomicMax(reinterpret_cast<uint32_t*>(amax), __float_as_uint(col_amax[i][j]));
-    }
-  }
 }
 
 // --- anything else ---
@@ -657,8 +535,7 @@ __device__ __forceinline__ uint8_t AnyCodeByte(const Any& args, float x, float s
 }
 
 // A block a row.
-__global__ void __launch_bounds__(kAnyThreads)
-    AnyRowScaleKernel(const __grid_constant__ Any args) {
+__global__ void __launch_bounds__(kAnyThreads) AnyRowScaleKernel(const __grid_constant__ Any args) {
   __shared__ uint32_t warp_amax[kAnyThreads / kWarp];
   const int64_t batch = blockIdx.x / args.in.rows, row = blockIdx.x % args.in.rows;
   const Limits limits = LoadLimits(args.outliers, batch);
@@ -678,10 +555,10 @@ __global__ void __launch_bounds__(kAnyThreads)
 // A thread a column, over a chunk of the rows.
 __global__ void __launch_bounds__(kAnyThreads)
     AnyColumnAmaxKernel(const __grid_constant__ Any args) {
-  const int64_t col_blocks = (args.in.cols + kAnyThreads - 1) / kAnyThreads;
-  const int64_t chunks = (args.in.rows + kAmaxRows - 1) / kAmaxRows;
-  const int64_t col = blockIdx.x % col_blocks * kAnyThreads + threadIdx.x;
-  const int64_t first_row = blockIdx.x / col_blocks % chunks * kAmaxRows;
+  const uint32_t col_blocks = TileCount(args.in.cols, kAnyThreads);
+  const uint32_t chunks = TileCount(args.in.rows, kAmaxRows);
+  const int64_t col = int64_t{blockIdx.x % col_blocks} * kAnyThreads + threadIdx.x;
+  const int64_t first_row = int64_t{blockIdx.x / col_blocks % chunks} * kAmaxRows;
   const int64_t batch = blockIdx.x / (col_blocks * chunks);
   if (col >= args.in.cols) return;
   const Limits limits = LoadLimits(args.outliers, batch);
@@ -698,10 +575,10 @@ __global__ void __launch_bounds__(kAnyThreads) AnyTileKernel(const __grid_consta
   constexpr int kStep = kAnyThreads / kAnyTile;
   __shared__ uint8_t tile[kAnyTile][kAnyTile + 1];
   const int64_t rows = args.in.rows, cols = args.in.cols;
-  const int64_t col_tiles = (cols + kAnyTile - 1) / kAnyTile;
-  const int64_t row_tiles = max((rows + kAnyTile - 1) / kAnyTile, int64_t{1});
-  const int64_t first_col = blockIdx.x % col_tiles * kAnyTile;
-  const int64_t first_row = blockIdx.x / col_tiles % row_tiles * kAnyTile;
+  const uint32_t col_tiles = TileCount(cols, kAnyTile);
+  const uint32_t row_tiles = max(TileCount(rows, kAnyTile), 1u);
+  const int64_t first_col = int64_t{blockIdx.x % col_tiles} * kAnyTile;
+  const int64_t first_row = int64_t{blockIdx.x / col_tiles % row_tiles} * kAnyTile;
   const int64_t batch = blockIdx.x / (col_tiles * row_tiles);
   const int lane = threadIdx.x % kAnyTile, step = threadIdx.x / kAnyTile;
   const Limits limits = LoadLimits(args.outliers, batch);
@@ -745,31 +622,14 @@ __global__ void __launch_bounds__(kAnyThreads) AnyTileKernel(const __grid_consta
 
 // --- launching ---
 
-// Shared memory above the 48 KB that every kernel may have.
-template <typename Kernel>
-cudaError_t AllowShared(Kernel* kernel, int bytes) {
-  constexpr int kDefaultBytes = 48 * 1024;
-  if (bytes <= kDefaultBytes) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <typename... Params, typename... Args>
-cudaError_t Launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes,
-                   int cluster_size, cudaStream_t stream, const Args&... args) {
+cudaError_t Launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
+                   const Args&... args) {
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const cudaError_t error = AllowShared(kernel, shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = cluster_size;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = cluster_size > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 
@@ -862,70 +722,58 @@ cudaError_t LaunchAny(const Any& args, cudaStream_t stream) {
   int64_t row_tiles = CeilDiv(in.rows, kAnyTile);
   if (args.row_scale != nullptr) {
     if (in.batch * in.rows == 0) return cudaSuccess;
-    error = Launch(AnyRowScaleKernel, in.batch * in.rows, kAnyThreads, 0, 1, stream, args);
+    error = Launch(AnyRowScaleKernel, in.batch * in.rows, kAnyThreads, stream, args);
     if (error != cudaSuccess || in.cols == 0) return error;
   } else {
     if (in.batch * in.cols == 0) return cudaSuccess;
     error = ClearAmax(args.col_amax, in, stream);
     if (error == cudaSuccess && in.rows > 0) {
-      const int64_t blocks =
-          in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAnyThreads);
-      error = Launch(AnyColumnAmaxKernel, blocks, kAnyThreads, 0, 1, stream, args);
+      const int64_t blocks = in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAnyThreads);
+      error = Launch(AnyColumnAmaxKernel, blocks, kAnyThreads, stream, args);
     }
     if (error != cudaSuccess) return error;
     row_tiles = std::max<int64_t>(row_tiles, 1);  // a column without rows has a scale, too
   }
-  return Launch(AnyTileKernel, in.batch * row_tiles * CeilDiv(in.cols, kAnyTile), kAnyThreads, 0, 1,
+  return Launch(AnyTileKernel, in.batch * row_tiles * CeilDiv(in.cols, kAnyTile), kAnyThreads,
                 stream, args);
 }
 
-// Shared memory of a block of BothLayoutsKernel, and what two of them leave each other on an SM.
-constexpr int kStaticSharedBytes = kMaxCluster * kClusterRows * 4 + 16;
-constexpr int kMaxTileBytes = 227 * 1024 - kStaticSharedBytes;
-constexpr int kSmallTileBytes = 56 * 1024;  // four or more blocks an SM
-
-cudaError_t LaunchBothLayouts(const QuantizeRows& args, int cluster_size, int block_cols,
-                              cudaStream_t stream) {
+// Rows that a block's registers hold.
+template <bool kFactor>
+cudaError_t LaunchRows(const QuantizeRows& args, const float* col_factor, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
-  const int tile_bytes = kClusterRows * block_cols * ElementBytes(in.type);
-  const int threads = tile_bytes <= kSmallTileBytes ? 256 : 512;
-  const int64_t blocks = in.batch * CeilDiv(in.rows, kClusterRows) * cluster_size;
+  const int threads = RoundUp(CeilDiv(in.cols, kHeld), kWarp);
   return WithAll(in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
-    return Launch(BothLayoutsKernel<type(), format(), clip()>, blocks, threads, tile_bytes,
-                  cluster_size, stream, args, block_cols);
+    constexpr Clip kClip = kFactor ? Clip::kNone : clip();
+    return Launch(RowsKernel<type(), format(), kClip, kFactor>, in.batch * in.rows, threads, stream,
+                  args, col_factor);
   });
+}
+
+cudaError_t LaunchTranspose(const QuantizeInput& in, const uint8_t* codes, uint8_t* codes_t,
+                            cudaStream_t stream) {
+  const int64_t blocks = in.batch * CeilDiv(in.rows, kTile) * CeilDiv(in.cols, kTile);
+  return Launch(TransposeKernel, blocks, kTransposeThreads, stream, codes, in.rows, in.cols,
+                codes_t);
 }
 
 cudaError_t LaunchTiles(const Tiles& tiles, cudaStream_t stream) {
   const QuantizeColumns& args = tiles.columns;
   const QuantizeInput& in = args.in;
+  cudaError_t error = ClearAmax(args.amax, in, stream);
+  if (error != cudaSuccess) return error;
+  error = WithType(in.type, [&](auto type) {
+    const auto kernel = tiles.row_factor == nullptr ? ColumnAmaxKernel<type(), false>
+                                                    : ColumnAmaxKernel<type(), true>;
+    const int64_t blocks =
+        in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAmaxCols<type()>);
+    return Launch(kernel, blocks, kColumnThreads, stream, tiles);
+  });
+  if (error != cudaSuccess) return error;
   const int64_t blocks = in.batch * CeilDiv(in.rows, kTile) * CeilDiv(in.cols, kTile);
   return WithAll(in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
-    return Launch(TileKernel<type(), format(), clip()>, blocks, kColumnThreads, 0, 1, stream,
-                  tiles);
+    return Launch(TileKernel<type(), format(), clip()>, blocks, kColumnThreads, stream, tiles);
   });
-}
-
-// As many blocks as run at once, spread over the matrices.
-template <DType kType, Format kFormat>
-cudaError_t LaunchGradient(const QuantizeGradient& args, cudaStream_t stream) {
-  const auto kernel = GradientKernel<kType, kFormat>;
-  const QuantizeInput& in = args.in;
-  const int threads = RoundUp(CeilDiv(in.cols, kHeld), kWarp);
-  const int shared_bytes = in.cols * sizeof(float);
-  int device, processors, resident;
-  cudaError_t error = AllowShared(kernel, shared_bytes);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes);
-  }
-  if (error != cudaSuccess) return error;
-  const int64_t share = std::max<int64_t>(processors * resident / in.batch, 1);
-  const int blocks = static_cast<int>(std::min(share, in.rows));  // of a matrix
-  return Launch(kernel, in.batch * blocks, threads, shared_bytes, 1, stream, args, blocks);
 }
 
 }  // namespace
@@ -934,18 +782,13 @@ cudaError_t LaunchQuantizeRows(const QuantizeRows& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
   if (in.batch == 0) return cudaSuccess;
   if (HasFastKernel(args.format, args.outliers) && HasVectors(in, args.codes, args.packed)) {
-    if (args.codes_t == nullptr && in.cols <= kMaxThreads * kHeld) {
-      const int threads = RoundUp(CeilDiv(in.cols, kHeld), kWarp);
-      return WithAll(in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
-        return Launch(RowsKernel<type(), format(), clip()>, in.batch * in.rows, threads, 0, 1,
-                      stream, args);
-      });
-    }
-    const int cluster_size = std::min<int64_t>(CeilDiv(in.cols, kMinBlockCols), kMaxCluster);
-    const int64_t block_cols = RoundUp(CeilDiv(in.cols, cluster_size), kBlockColsUnit);
-    if (args.codes_t != nullptr && HasGroups(in, args.codes_t, nullptr) &&
-        kClusterRows * block_cols * ElementBytes(in.type) <= kMaxTileBytes) {
-      return LaunchBothLayouts(args, cluster_size, block_cols, stream);
+    const bool transposes = args.codes_t != nullptr;
+    const bool can = args.codes != nullptr && in.cols % kVectorBytes == 0 &&
+                     IsAligned(args.codes, kVectorBytes) && HasGroups(in, args.codes_t, nullptr);
+    if (in.cols <= kMaxThreads * kHeld && (can || !transposes)) {
+      const cudaError_t error = LaunchRows<false>(args, nullptr, stream);
+      if (error != cudaSuccess || !transposes) return error;
+      return LaunchTranspose(in, args.codes, args.codes_t, stream);
     }
   }
   Any any = {in, args.outliers, args.format};
@@ -969,14 +812,6 @@ cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stre
     any.packed_t = args.packed_t;
     return LaunchAny(any, stream);
   }
-  cudaError_t error = ClearAmax(args.amax, in, stream);
-  if (error != cudaSuccess) return error;
-  error = WithType(in.type, [&](auto type) {
-    const int64_t blocks =
-        in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAmaxCols<type()>);
-    return Launch(ColumnAmaxKernel<type()>, blocks, kColumnThreads, 0, 1, stream, args);
-  });
-  if (error != cudaSuccess) return error;
   return LaunchTiles({args, nullptr}, stream);
 }
 
@@ -984,21 +819,22 @@ cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t st
   const QuantizeInput& in = args.in;
   if (in.batch == 0) return cudaSuccess;
   if (HasVectors(in, args.codes, nullptr) && HasGroups(in, args.codes_t, nullptr) &&
-      in.cols <= kGradientThreads * kHeld) {
-    cudaError_t error = cudaSuccess;
-    if (args.codes_t != nullptr) error = ClearAmax(args.amax, in, stream);
-    if (error != cudaSuccess) return error;
-    error = WithType(in.type, [&](auto type) {
-      return WithFormat(args.format, [&](auto format) {
-        return LaunchGradient<type(), format()>(args, stream);
-      });
-    });
-    if (error != cudaSuccess || args.codes_t == nullptr) return error;
-    QuantizeColumns columns = {in, {}, args.format};
-    columns.codes_t = args.codes_t;
-    columns.scale = args.col_scale;
-    columns.amax = args.amax;
-    return LaunchTiles({columns, args.row_factor}, stream);
+      in.cols <= kMaxThreads * kHeld && IsAligned(args.col_factor, sizeof(float4))) {
+    // Columns first: their second pass ends where the rows' begins, in what L2 holds.
+    if (args.codes_t != nullptr) {
+      QuantizeColumns columns = {in, {}, args.format};
+      columns.codes_t = args.codes_t;
+      columns.scale = args.col_scale;
+      columns.amax = args.amax;
+      const cudaError_t error = LaunchTiles({columns, args.row_factor}, stream);
+      if (error != cudaSuccess) return error;
+    }
+    if (args.codes == nullptr) return cudaSuccess;
+    QuantizeRows rows = {in, {}, args.format};
+    rows.codes = args.codes;
+    rows.scale = args.row_scale;
+    return args.col_factor == nullptr ? LaunchRows<false>(rows, nullptr, stream)
+                                      : LaunchRows<true>(rows, args.col_factor, stream);
   }
   Any rows = {in, {}, args.format};
   rows.col_factor = args.col_factor;

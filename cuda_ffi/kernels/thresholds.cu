@@ -1,6 +1,6 @@
-// Radix selection in one cluster: a digit of the keys at a time, from the top. Each block counts its
-// keys' digits in its own shared memory; every block then adds up the histograms of all of them and
-// so knows, without hearing from the others, in which bin each rank lies and which rank is left
+// Radix selection in one cluster: a digit of the keys at a time, from the top. Each block counts
+// its keys' digits in its own shared memory; every block then adds up the histograms of all of them
+// and so knows, without hearing from the others, in which bin each rank lies and which rank is left
 // there.
 #include <cuda_runtime.h>
 
@@ -103,8 +103,8 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
   int held = 0;
   const auto load = [&](int64_t first) {
     const int64_t remaining = args.count - first - thread;  // of this thread, one in kStep
-    held = static_cast<int>(min(max((remaining + kStep - 1) / kStep, int64_t{0}),
-                                int64_t{kKeysHeld}));
+    held =
+        static_cast<int>(min(max((remaining + kStep - 1) / kStep, int64_t{0}), int64_t{kKeysHeld}));
 #pragma unroll
     for (int i = 0; i < kKeysHeld; ++i) {
       const int64_t index = first + i * kStep + thread;
