@@ -16,6 +16,7 @@ from jfp4.ops.quantize import (
     check_float,
     flush,
     kernel_input,
+    reciprocal,
     scale_of,
     scaled_codes,
     to_float32,
@@ -198,7 +199,7 @@ def _compensate(
     clamped, residual = clamp(x, lo, hi)
     scale = scale_of(clamped, axis, format)
     # The outer flush also keeps the compiler from fusing product and sum into one rounding.
-    outlier = flush(flush(residual) * (1 / scale))
+    outlier = flush(flush(residual) * reciprocal(scale))
     codes = scaled_codes(clamped, scale, format) + outlier
     codes = round_to_format(codes, carrier.name)
     codes = jnp.where(jnp.isnan(codes), np.float32(0), codes)

@@ -243,19 +243,26 @@ def scale_of(x: Float32[Array, "..."], axis: int | None, format: str) -> Float32
     # As integers, magnitudes sort as they do as floats, with NaN above infinity; XLA's floating-point
     # maximum loses NaNs on CPUs once it runs over vectors.
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    amax = lax.bitcast_convert_type(
-        jnp.max(bits, axis=axis, keepdims=True, initial=0), jnp.float32
-    )
+    amax = lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=True, initial=0), jnp.float32)
     scale = jnp.maximum(amax * np.float32(1 / f.max), np.float32(f.min_scale))
     # Not true of NaN or infinity, nor of what would leave the reciprocal subnormal.
     return jnp.where(amax < 2.0**127, scale, jnp.nan)
+
+
+def reciprocal(scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """``1 / scale``, rounded by itself.
+
+    Without the barrier XLA makes one division of a product with it, on GPUs at least, whose result
+    is sometimes the neighbour: one code in ten million then differs.
+    """
+    return lax.optimization_barrier(1 / scale)
 
 
 def scaled_codes(
     x: Float32[Array, "..."], scale: Float32[Array, "..."], format: str
 ) -> Float32[Array, "..."]:
     """``round(x / scale)`` in float32, with 0 where the scale is NaN."""
-    codes = round_to_format(x * (1 / scale), format)
+    codes = round_to_format(x * reciprocal(scale), format)
     return jnp.where(jnp.isnan(codes), np.float32(0), codes)
 
 
