@@ -37,15 +37,18 @@ def derivative(
     check_dge(k, cap)
     f = get_format(format)
     magnitude = jnp.minimum(jnp.abs(v.astype(jnp.float32)), f.max)
+    if k == 1:
+        return jnp.where(jnp.isnan(magnitude), magnitude, np.float32(min(1, cap)))
     grid = f.grid.astype(np.float32)
-    low, width = jnp.zeros_like(magnitude), jnp.full_like(magnitude, grid[1])
+    # Steps are powers of two, so that a product with the inverse is the quotient.
+    low, per_step = jnp.zeros_like(magnitude), jnp.full_like(magnitude, 2 / grid[1])
     # Past the grid's last value nothing is left to enter, so its own interval is the last.
     for g, above in itertools.pairwise(grid[1:]):
         inside = magnitude >= g
-        low, width = jnp.where(inside, g, low), jnp.where(inside, above - g, width)
-    if k == 1:
-        return jnp.where(jnp.isnan(magnitude), magnitude, np.float32(min(1, cap)))
-    distance = jnp.abs(2 * (magnitude - low) / width - 1)
-    # Half the instructions of a general power, which a GPU spends longer on than on the memory.
+        low = jnp.where(inside, g, low)
+        per_step = jnp.where(inside, 2 / (above - g), per_step)
+    distance = jnp.abs((magnitude - low) * per_step - 1)
+    # A power by its logarithm: on a GPU half the instructions of a general one, which would take
+    # longer than the memory does.
     power = jnp.exp(jnp.log(distance) * np.float32(1 / k - 1))
-    return jnp.minimum(power / np.float32(k), cap)
+    return jnp.minimum(power * np.float32(1 / k), cap)
