@@ -129,11 +129,12 @@ def gradient_contenders(m: int, k: int, n: int) -> dict[str, Contender]:
 def packed_contenders(m: int, k: int, n: int) -> dict[str, Contender]:
     """Few rows: bound by the bytes of the weight, of which packed codes have half."""
     sets = operands(m, k, n, "e2m1", sets_of(n * k // 2))
-    scaled = exact(sets[0], scaled=True)
+    scaled, plain = (exact(sets[0], scaled=scaled) for scaled in (True, False))
     return {
         "jfp4, packed": Contender(lambda: packed_side(sets), equal(scaled)),
         "jfp4": Contender(lambda: jfp4_side(sets), equal(scaled)),
         "torch, row-wise": Contender(lambda: torch_side(sets, row_wise=True), close(scaled)),
+        "torch, one scale": Contender(lambda: torch_side(sets, row_wise=False), close(plain)),
         "BF16": Contender(lambda: bf16_side(sets), baseline),
     }
 
