@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "cuda_ffi/kernels/gemm.h"
@@ -449,6 +450,9 @@ cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
 cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   if (g.batch == 0 || g.m == 0 || g.n == 0) return cudaSuccess;
   if (g.k == 0 || g.k % 16 != 0 || (g.a_e5m2 && g.b_e5m2)) return cudaErrorInvalidValue;
+  // Coordinates of the copy engine are 32 bits wide.
+  constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
+  if (std::max({g.batch, g.m, g.n, g.k, g.rank}) > kMaxSize) return cudaErrorInvalidValue;
   int device, sms;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
