@@ -1,4 +1,4 @@
-"""CPU: the integer product beside float32's, and an FP4 train step beside BF16's.
+"""CPU: the integer product beside float32's, an FP4 train step beside BF16's, XLA beside the host.
 
 ``python -m benchmarks.cpu`` measures both sides of each pair by turns, in one process, and writes
 medians to results/cpu-jaxVERSION.json.
@@ -18,8 +18,9 @@ import numpy as np
 from jax import lax
 
 from benchmarks.provenance import RESULTS, cpu_has, provenance
-from jfp4.ops.gemm import code_sums
-from jfp4.ops.quantize import quantize
+from jfp4.ops import ffi
+from jfp4.ops.gemm import code_sums, gemm
+from jfp4.ops.quantize import quantize, quantize_both
 from train.config import parse
 from train.step import Trainer
 
@@ -48,20 +49,21 @@ def product() -> dict[str, Any]:
     """E2M1 codes of random tensors, multiplied as int8, against the float32 product."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((M, K), np.float32), rng.standard_normal((K, N), np.float32)
-    a, b = quantize(jnp.asarray(x), 1), quantize(jnp.asarray(w), 0)
+    a, (b, b_t) = quantize(jnp.asarray(x), 1), quantize_both(jnp.asarray(w), 0)
     a8, b8 = ((2 * q.codes.astype(jnp.float32)).astype(jnp.int8) for q in (a, b))
     dot = functools.partial(lax.dot, preferred_element_type=jnp.int32)
     exact = np.asarray(a.codes, np.float64) @ np.asarray(b.codes, np.float64)
     if not np.array_equal(np.asarray(code_sums(a, b), np.float64), exact):
         raise AssertionError("the integer product is not float64's")
-    seconds = by_turns(
-        {
-            "float32": jitted(jnp.matmul, jnp.asarray(x), jnp.asarray(w)),
-            "int8": jitted(dot, a8, b8),
-            "codes to sums": jitted(code_sums, a, b),
-        },
-        PRODUCT_ROUNDS,
-    )
+    sides = {
+        "float32": jitted(jnp.matmul, jnp.asarray(x), jnp.asarray(w)),
+        "int8": jitted(dot, a8, b8),
+        "codes to sums": jitted(code_sums, a, b),
+    }
+    if not ffi.missing("host"):
+        with ffi.backend("host"):  # in the layout that its quantiser writes
+            sides["host"] = jitted(lambda a, b_t: gemm(a, b_t.T), a, b_t)
+    seconds = by_turns(sides, PRODUCT_ROUNDS)
     return {
         "m, k, n": [M, K, N],
         "ms": {name: 1e3 * s for name, s in seconds.items()},
@@ -72,13 +74,17 @@ def product() -> dict[str, Any]:
 
 def step() -> dict[str, Any]:
     """A train step of llama5m at the trainer's defaults, by recipe."""
+    sides: dict[str, tuple[str, ffi.Backend]] = {"bf16": ("bf16", "xla"), "fp4": ("fp4", "xla")}
+    if not ffi.missing("host"):
+        sides["fp4, host"] = ("fp4", "host")
     timed = {}
-    for recipe in ("bf16", "fp4"):
-        trainer = Trainer(parse([f"--recipe={recipe}"]))
-        state = jax.jit(trainer.init)()
-        rng = np.random.default_rng(0)
-        batch = jnp.asarray(rng.integers(0, 257, trainer.batch_shape().shape), jnp.int32)
-        timed[recipe] = jitted(trainer.step, state, batch)
+    for side, (recipe, backend) in sides.items():
+        with ffi.backend(backend):
+            trainer = Trainer(parse([f"--recipe={recipe}"]))
+            state = jax.jit(trainer.init)()
+            rng = np.random.default_rng(0)
+            batch = jnp.asarray(rng.integers(0, 257, trainer.batch_shape().shape), jnp.int32)
+            timed[side] = jitted(trainer.step, state, batch)
     seconds = by_turns(timed, STEP_ROUNDS)
     return {
         "model": "llama5m",

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <initializer_list>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda_ffi/kernels/types.h"
@@ -35,15 +34,20 @@ inline const char* Name(ffi::DataType type) {
   }
 }
 
-template <typename Dims>
-std::string Describe(ffi::DataType type, const Dims& dims) {
+inline std::string Describe(ffi::DataType type, const std::vector<int64_t>& dims) {
   std::string text = std::string(Name(type)) + "[";
   for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
   return text + "]";
 }
 
 inline std::string Describe(Buffer buffer) {
-  return Describe(buffer.element_type(), buffer.dimensions());
+  const auto dims = buffer.dimensions();
+  return Describe(buffer.element_type(), {dims.begin(), dims.end()});
+}
+
+template <typename Args>
+ffi::ErrorOr<Args> Refusal(const ffi::Error& error) {
+  return ffi::ErrorOr<Args>(ffi::Unexpected<ffi::Error>(error));
 }
 
 // Turns a call's buffers into pointers, once they have been found to be what the kernels take. The
@@ -52,49 +56,58 @@ inline std::string Describe(Buffer buffer) {
 // kept.
 class Checker {
  public:
+  using Dims = std::initializer_list<int64_t>;
+
   // `lead` is a batch of arrays of `rank` dimensions, none of them empty.
-  Checker(const char* name, Buffer lead, size_t rank) : lead_name_(name), lead_(lead) {
-    const auto dims = lead.dimensions();
-    if (dims.size() < rank) {
+  Checker(const char* name, Buffer lead, size_t rank)
+      : lead_name_(name), lead_(lead), rank_(rank), fits_(lead.dimensions().size() >= rank) {
+    if (!fits_) {
       Refuse(name, lead, "at least " + std::to_string(rank) + " dimensions");
-      dims_.assign(rank, 1);
-      return;
+    } else if (lead.element_count() == 0) {
+      Refuse(name, lead, "no empty dimension");
     }
-    if (lead.element_count() == 0) Refuse(name, lead, "no empty dimension");
-    leading_.assign(dims.begin(), dims.end() - rank);
-    dims_.assign(dims.end() - rank, dims.end());
   }
 
-  int64_t dim(size_t i) const { return dims_[i]; }
+  // The first operand's dimension i, less the leading ones.
+  int64_t dim(size_t i) const { return fits_ ? Last(lead_, rank_, i) : 1; }
 
   int64_t batch() const {
     int64_t product = 1;
-    for (const int64_t d : leading_) product *= d;
+    for (size_t i = 0; i < leading(); ++i) product *= lead_.dimensions()[i];
     return product;
   }
 
-  // The last dimensions of an operand that share the leading ones; zeros if it has another rank.
+  // Dimension i, less the leading ones, of a buffer of `rank` more; 0 if it has another number.
   int64_t Last(Buffer buffer, size_t rank, size_t i) const {
     const auto dims = buffer.dimensions();
-    return dims.size() == leading_.size() + rank ? dims[leading_.size() + i] : 0;
+    return dims.size() == leading() + rank ? dims[leading() + i] : 0;
   }
 
   template <typename T>
-  T* Take(const char* name, Buffer buffer, ffi::DataType type, std::vector<int64_t> dims) {
-    dims.insert(dims.begin(), leading_.begin(), leading_.end());
-    if (buffer.element_type() != type || !Same(buffer, dims)) {
-      Refuse(name, buffer, Describe(type, dims));
+  T* Take(const char* name, Buffer buffer, ffi::DataType type, Dims dims) {
+    if (buffer.element_type() != type || !Matches(buffer, dims)) {
+      const auto lead = lead_.dimensions();
+      std::vector<int64_t> expected(lead.begin(), lead.begin() + leading());
+      expected.insert(expected.end(), dims.begin(), dims.end());
+      Refuse(name, buffer, Describe(type, expected));
     }
     return static_cast<T*>(buffer.untyped_data());
   }
 
+  // A vector, or with `rows` a matrix, of `last` columns; null if it has none.
   template <typename T>
-  T* TakeIfPresent(const char* name, Buffer buffer, ffi::DataType type, std::vector<int64_t> dims) {
-    const auto given = buffer.dimensions();
-    if (given.size() == 0 || given.back() != 0) return Take<T>(name, buffer, type, dims);
-    dims.back() = 0;
-    Take<T>(name, buffer, type, dims);
-    return nullptr;
+  T* TakeIfPresent(const char* name, Buffer buffer, ffi::DataType type, int64_t last) {
+    const bool present = IsPresent(buffer);
+    T* data = Take<T>(name, buffer, type, {present ? last : 0});
+    return present ? data : nullptr;
+  }
+
+  template <typename T>
+  T* TakeIfPresent(const char* name, Buffer buffer, ffi::DataType type, int64_t rows,
+                   int64_t last) {
+    const bool present = IsPresent(buffer);
+    T* data = Take<T>(name, buffer, type, {rows, present ? last : 0});
+    return present ? data : nullptr;
   }
 
   // The type of a tensor outside the kernels.
@@ -121,32 +134,41 @@ class Checker {
     return type == ffi::F8E5M2;
   }
 
-  void Require(bool ok, const std::string& message) {
-    if (!ok && error_.success()) error_ = ffi::Error::InvalidArgument(message);
+  void Refuse(const std::string& message) {
+    if (error_.success()) error_ = ffi::Error::InvalidArgument(message);
   }
 
   // `args`, or what is wrong with the call.
   template <typename Args>
   ffi::ErrorOr<Args> Finish(const Args& args) const {
-    if (error_.failure()) return ffi::ErrorOr<Args>(ffi::Unexpected<ffi::Error>(error_));
-    return ffi::ErrorOr<Args>(args);
+    return error_.failure() ? Refusal<Args>(error_) : ffi::ErrorOr<Args>(args);
   }
 
  private:
-  static bool Same(Buffer buffer, const std::vector<int64_t>& dims) {
-    const auto given = buffer.dimensions();
-    return std::equal(given.begin(), given.end(), dims.begin(), dims.end());
+  size_t leading() const { return fits_ ? lead_.dimensions().size() - rank_ : 0; }
+
+  static bool IsPresent(Buffer buffer) {
+    const auto dims = buffer.dimensions();
+    return dims.size() == 0 || dims.back() != 0;
+  }
+
+  bool Matches(Buffer buffer, Dims dims) const {
+    const auto given = buffer.dimensions(), lead = lead_.dimensions();
+    return given.size() == leading() + dims.size() &&
+           std::equal(lead.begin(), lead.begin() + leading(), given.begin()) &&
+           std::equal(dims.begin(), dims.end(), given.begin() + leading());
   }
 
   void Refuse(const char* name, Buffer buffer, const std::string& expected) {
     std::string text = std::string(name) + " is " + Describe(buffer) + "; expected " + expected;
     if (name != lead_name_) text += ", beside " + std::string(lead_name_) + " " + Describe(lead_);
-    Require(false, text);
+    Refuse(text);
   }
 
   const char* lead_name_;
   Buffer lead_;
-  std::vector<int64_t> leading_, dims_;
+  size_t rank_;
+  bool fits_;
   ffi::Error error_;
 };
 
@@ -156,9 +178,11 @@ inline ffi::DataType CodeType(Format format) {
 }
 
 inline Format CheckFormat(Checker& check, int32_t format) {
-  const bool known = 0 <= format && format <= static_cast<int32_t>(Format::kE5M2);
-  check.Require(known, "format is " + std::to_string(format) + "; expected 0 to 4");
-  return known ? static_cast<Format>(format) : Format::kE2M1;
+  if (0 <= format && format <= static_cast<int32_t>(Format::kE5M2)) {
+    return static_cast<Format>(format);
+  }
+  check.Refuse("format is " + std::to_string(format) + "; expected 0 to 4");
+  return Format::kE2M1;
 }
 
 }  // namespace jfp4

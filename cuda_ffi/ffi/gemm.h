@@ -41,16 +41,17 @@ inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buf
   args.b_scale_size = check.Last(b_scale, 2, 1) == 1 ? 1 : args.n;
   args.a_e5m2 = check.IsE5M2("a", a);
   args.b_e5m2 = check.IsE5M2("b", b);
-  check.Require(!(args.a_e5m2 && args.b_e5m2),
-                "a and b are both f8e5m2; expected one of them at most");
+  if (args.a_e5m2 && args.b_e5m2) {
+    check.Refuse("a and b are both f8e5m2; expected one of them at most");
+  }
   args.a = static_cast<const uint8_t*>(a.untyped_data());
   args.b = check.Take<uint8_t>("b", b, b.element_type(), {args.n, args.k});
-  check.Require(args.n > 0, "b is " + Describe(b) + "; expected no empty dimension");
+  if (args.n == 0) check.Refuse("b is " + Describe(b) + "; expected no empty dimension");
   args.a_scale = check.Take<float>("a_scale", a_scale, ffi::F32, {args.a_scale_size, 1});
   args.b_scale = check.Take<float>("b_scale", b_scale, ffi::F32, {1, args.b_scale_size});
   args.u = check.Take<float>("u", u, ffi::F32, {args.m, args.rank});
   args.v = check.Take<float>("v", v, ffi::F32, {args.rank, args.n});
-  args.bias = check.TakeIfPresent<float>("bias", bias, ffi::F32, {args.n});
+  args.bias = check.TakeIfPresent<float>("bias", bias, ffi::F32, args.n);
   args.out_type = check.FloatType("y", *y);
   args.y = check.Take<void>("y", *y, y->element_type(), {args.m, args.n});
   args.promote = promote;

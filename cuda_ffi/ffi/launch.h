@@ -51,19 +51,14 @@ inline ffi::Error CheckDevice(const char* target) {
 // `args`, if both operands of the product start at, and have rows of, a multiple of 16 bytes.
 template <typename Args>
 ffi::ErrorOr<Args> CheckCopies(const Args& args, Buffer a, Buffer b, int64_t row_bytes) {
-  constexpr uintptr_t kAlignment = 16;
-  std::string message;
-  const auto check = [&](const char* name, Buffer buffer) {
-    if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment == 0) return;
-    message = std::string(name) + " " + Describe(buffer) + " is not 16-byte aligned";
+  constexpr uintptr_t kBytes = 16;
+  const auto aligned = [](Buffer buffer) {
+    return reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kBytes == 0;
   };
-  check("a", a);
-  check("b", b);
-  if (row_bytes % kAlignment != 0) {
-    message = "a is " + Describe(a) + "; expected rows of a multiple of 16 bytes";
-  }
-  if (message.empty()) return ffi::ErrorOr<Args>(args);
-  return ffi::ErrorOr<Args>(ffi::Unexpected<ffi::Error>(ffi::Error::InvalidArgument(message)));
+  if (aligned(a) && aligned(b) && row_bytes % kBytes == 0) return ffi::ErrorOr<Args>(args);
+  return Refusal<Args>(ffi::Error::InvalidArgument(
+      "a is " + Describe(a) + " and b " + Describe(b) +
+      "; expected both to start at, and to have rows of, a multiple of 16 bytes"));
 }
 
 template <typename Call, auto kLaunch>

@@ -38,10 +38,10 @@ inline ffi::ErrorOr<PackedGemm> PackedGemmCall::Read(Buffer a, Buffer a_scale, B
   args.b_scale_size = check.Last(b_scale, 2, 1) == 1 ? 1 : args.n;
   args.a = check.Take<uint8_t>("a", a, ffi::U8, {args.m, bytes});
   args.b = check.Take<uint8_t>("b", b, ffi::U8, {args.n, bytes});
-  check.Require(args.n > 0, "b is " + Describe(b) + "; expected no empty dimension");
+  if (args.n == 0) check.Refuse("b is " + Describe(b) + "; expected no empty dimension");
   args.a_scale = check.Take<float>("a_scale", a_scale, ffi::F32, {args.a_scale_size, 1});
   args.b_scale = check.Take<float>("b_scale", b_scale, ffi::F32, {1, args.b_scale_size});
-  args.bias = check.TakeIfPresent<float>("bias", bias, ffi::F32, {args.n});
+  args.bias = check.TakeIfPresent<float>("bias", bias, ffi::F32, args.n);
   args.out_type = check.FloatType("y", *y);
   args.y = check.Take<void>("y", *y, y->element_type(), {args.m, args.n});
   return check.Finish(args);

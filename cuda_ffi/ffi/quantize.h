@@ -79,21 +79,23 @@ struct QuantizeGradientCall {
 inline Outliers CheckOutliers(Checker& check, Buffer lo, Buffer hi, Format format,
                               bool compensate) {
   Outliers outliers;
-  outliers.lo = check.TakeIfPresent<float>("lo", lo, ffi::F32, {1});
-  outliers.hi = check.TakeIfPresent<float>("hi", hi, ffi::F32, {1});
+  outliers.lo = check.TakeIfPresent<float>("lo", lo, ffi::F32, 1);
+  outliers.hi = check.TakeIfPresent<float>("hi", hi, ffi::F32, 1);
   outliers.compensate = compensate;
-  check.Require((outliers.lo == nullptr) == (outliers.hi == nullptr),
-                "lo is " + Describe(lo) + " and hi " + Describe(hi) +
-                    "; expected both or neither to be present");
-  check.Require(!compensate || (outliers.lo != nullptr && format <= Format::kE3M0),
-                "compensate is set; expected lo and hi, and a 4-bit format");
+  if ((outliers.lo == nullptr) != (outliers.hi == nullptr)) {
+    check.Refuse("lo is " + Describe(lo) + " and hi " + Describe(hi) +
+                 "; expected both or neither to be present");
+  }
+  if (compensate && (outliers.lo == nullptr || format > Format::kE3M0)) {
+    check.Refuse("compensate is set; expected lo and hi, and a 4-bit format");
+  }
   return outliers;
 }
 
 inline void CheckPacked(Checker& check, const char* name, const uint8_t* packed, Format format,
                         bool compensate) {
-  check.Require(packed == nullptr || (format == Format::kE2M1 && !compensate),
-                std::string(name) + " is present; expected format E2M1 without compensation");
+  if (packed == nullptr || (format == Format::kE2M1 && !compensate)) return;
+  check.Refuse(std::string(name) + " is present; expected format E2M1 without compensation");
 }
 
 inline ffi::ErrorOr<QuantizeRows> QuantizeRowsCall::Read(Buffer x, Buffer lo, Buffer hi,
@@ -107,9 +109,9 @@ inline ffi::ErrorOr<QuantizeRows> QuantizeRowsCall::Read(Buffer x, Buffer lo, Bu
   args.format = CheckFormat(check, format);
   args.outliers = CheckOutliers(check, lo, hi, args.format, compensate);
   const ffi::DataType type = CodeType(args.format);
-  args.codes = check.TakeIfPresent<uint8_t>("codes", *codes, type, {m, k});
-  args.codes_t = check.TakeIfPresent<uint8_t>("codes_t", *codes_t, type, {k, m});
-  args.packed = check.TakeIfPresent<uint8_t>("packed", *packed, ffi::U8, {m, (k + 1) / 2});
+  args.codes = check.TakeIfPresent<uint8_t>("codes", *codes, type, m, k);
+  args.codes_t = check.TakeIfPresent<uint8_t>("codes_t", *codes_t, type, k, m);
+  args.packed = check.TakeIfPresent<uint8_t>("packed", *packed, ffi::U8, m, (k + 1) / 2);
   args.scale = check.Take<float>("scale", *scale, ffi::F32, {m, 1});
   CheckPacked(check, "packed", args.packed, args.format, compensate);
   return check.Finish(args);
@@ -127,9 +129,9 @@ inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer 
   args.format = CheckFormat(check, format);
   args.outliers = CheckOutliers(check, lo, hi, args.format, compensate);
   const ffi::DataType type = CodeType(args.format);
-  args.codes = check.TakeIfPresent<uint8_t>("codes", *codes, type, {k, n});
-  args.codes_t = check.TakeIfPresent<uint8_t>("codes_t", *codes_t, type, {n, k});
-  args.packed_t = check.TakeIfPresent<uint8_t>("packed_t", *packed_t, ffi::U8, {n, (k + 1) / 2});
+  args.codes = check.TakeIfPresent<uint8_t>("codes", *codes, type, k, n);
+  args.codes_t = check.TakeIfPresent<uint8_t>("codes_t", *codes_t, type, n, k);
+  args.packed_t = check.TakeIfPresent<uint8_t>("packed_t", *packed_t, ffi::U8, n, (k + 1) / 2);
   args.scale = check.Take<float>("scale", *scale, ffi::F32, {1, n});
   args.amax = check.Take<float>("amax", *amax, ffi::F32, {n});
   CheckPacked(check, "packed_t", args.packed_t, args.format, compensate);

@@ -41,13 +41,15 @@ inline ffi::ErrorOr<Thresholds> ThresholdsCall::Read(Buffer x, Output lo, Output
   args.high_rank = high_rank;
   args.lo = check.Take<float>("lo", *lo, ffi::F32, {});
   args.hi = check.Take<float>("hi", *hi, ffi::F32, {});
-  check.Require(stride >= 1 && count >= 1 && (count - 1) <= (args.size - 1) / stride,
-                "stride is " + std::to_string(stride) + " and count " + std::to_string(count) +
-                    "; expected positive numbers that stay in x " + Describe(x));
-  check.Require(0 <= low_rank && low_rank < count && 0 <= high_rank && high_rank < count,
-                "low_rank is " + std::to_string(low_rank) + " and high_rank " +
-                    std::to_string(high_rank) + "; expected 0 to count - 1, " +
-                    std::to_string(count - 1));
+  if (stride < 1 || count < 1 || count - 1 > (args.size - 1) / stride) {
+    check.Refuse("stride is " + std::to_string(stride) + " and count " + std::to_string(count) +
+                 "; expected positive numbers that stay in x " + Describe(x));
+  }
+  if (low_rank < 0 || low_rank >= count || high_rank < 0 || high_rank >= count) {
+    check.Refuse("low_rank is " + std::to_string(low_rank) + " and high_rank " +
+                 std::to_string(high_rank) + "; expected 0 to count - 1, " +
+                 std::to_string(count - 1));
+  }
   return check.Finish(args);
 }
 

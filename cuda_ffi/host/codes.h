@@ -18,9 +18,9 @@ struct FormatSpec {
 };
 
 constexpr FormatSpec kFormats[] = {
-    {1, 1, 6.0f, 0.5f},           // E2M1
-    {2, 0, 3.5f, 0.5f},           // E1M2
-    {0, 3, 16.0f, 0.25f},         // E3M0
+    {1, 1, 6.0f, 0.5f},          // E2M1
+    {2, 0, 3.5f, 0.5f},          // E1M2
+    {0, 3, 16.0f, 0.25f},        // E3M0
     {3, 7, 448.0f, 0x1p-9f},     // E4M3
     {2, 15, 57344.0f, 0x1p-16f}  // E5M2
 };
@@ -52,7 +52,8 @@ JFP4_INLINE uint8_t ByteOfValue(float value) {
   const uint32_t normal =
       (BitsOf(magnitude) >> (23 - f.mantissa_bits)) - (uint32_t(127 - f.bias) << f.mantissa_bits);
   const uint32_t subnormal = BitsOf(magnitude * (1 / f.grid_step) + 0x1p23f) & 0xFF;
-  return (magnitude < kLeastNormal ? subnormal : normal) | (BitsOf(value) >> 24 & 0x80);
+  const uint32_t byte = magnitude < kLeastNormal ? subnormal : normal;
+  return static_cast<uint8_t>(byte | (BitsOf(value) >> 24 & 0x80));
 }
 
 // The value of an E4M3 or E5M2 byte.

@@ -32,9 +32,11 @@ JFP4_INLINE float FromBF16(uint16_t v) { return FromBits(uint32_t{v} << 16); }
 JFP4_INLINE float FromF16(uint16_t v) {
   constexpr float kSubnormalStep = 0x1p-24f;
   const uint32_t sign = uint32_t{v} >> 15 << 31, exponent = v >> 10 & 31, mantissa = v & 1023;
-  if (exponent == 0) return FromBits(BitsOf(mantissa * kSubnormalStep) | sign);
-  if (exponent == 31) return FromBits(sign | kInfinityBits | mantissa << 13);
-  return FromBits(sign | (exponent + 127 - 15) << 23 | mantissa << 13);
+  const uint32_t subnormal =
+      BitsOf(static_cast<float>(static_cast<int32_t>(mantissa)) * kSubnormalStep);
+  const uint32_t rebias = exponent == 31 ? 255 - 31 : 127 - 15;
+  const uint32_t normal = (exponent + rebias) << 23 | mantissa << 13;
+  return FromBits(sign | (exponent == 0 ? subnormal : normal));
 }
 
 // `bits` without its last `shift`, rounded to nearest, ties to even.

@@ -1,6 +1,7 @@
 #include "cuda_ffi/host/product.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -33,12 +34,33 @@ struct Operand {
       std::copy(from + begin, from + end, to);
       return;
     }
-    for (int64_t i = begin; i < end; ++i)
+    for (int64_t i = begin; i < end; ++i) {
       *to++ = ByteOf(i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15);
+    }
   }
 
   float Value(uint8_t byte) const { return CodeValue(byte, encoding == Encoding::kE5M2); }
 };
+
+// Which bytes there are among the codes of an operand.
+std::array<bool, 256> SeenBytes(const Operand& x, Pool pool) {
+  std::array<bool, 256> seen{};
+  if (x.encoding == Encoding::kNibbles) {
+    for (int nibble = 0; nibble < 16; ++nibble) seen[ByteOf(nibble)] = true;
+    return seen;
+  }
+  constexpr int64_t kRows = 64;
+  std::vector<std::array<bool, 256>> parts((x.rows + kRows - 1) / kRows);
+  ParallelFor(pool, parts.size(), [&](int64_t part) {
+    const uint8_t* begin = x.data + part * kRows * x.k;
+    const uint8_t* end = begin + std::min(kRows, x.rows - part * kRows) * x.k;
+    for (; begin < end; ++begin) parts[part][*begin] = true;
+  });
+  for (const auto& part : parts) {
+    for (int byte = 0; byte < 256; ++byte) seen[byte] |= part[byte];
+  }
+  return seen;
+}
 
 // The integers `factor * code` of an operand, where they are small enough.
 struct Lattice {
@@ -50,48 +72,32 @@ struct Lattice {
 // Whether all codes of an operand are multiples of 1/4 up to 16, as those of the 4-bit formats are.
 bool FindLattice(const Operand& x, Pool pool, Lattice& lattice) {
   constexpr int32_t kFactor = 4, kMax = 64;
-  constexpr int64_t kRows = 64;
-  const int64_t blocks = (x.rows + kRows - 1) / kRows;
-  std::vector<uint8_t> found(blocks * 256);
-  ParallelFor(pool, blocks, [&](int64_t block) {
-    uint8_t* seen = found.data() + block * 256;
-    const int64_t begin = block * kRows, end = std::min(x.rows, begin + kRows);
-    const uint8_t* data = x.data + begin * x.row_bytes();
-    const int64_t bytes = (end - begin) * x.row_bytes();
-    if (x.encoding == Encoding::kNibbles) {
-      std::fill_n(seen, 256, 0);
-      for (int i = 0; i < 16; ++i) seen[ByteOf(i)] = 1;
-      return;
-    }
-    for (int64_t i = 0; i < bytes; ++i) seen[data[i]] = 1;
-  });
-  int32_t largest = 0, any = 0;
+  const std::array<bool, 256> seen = SeenBytes(x, pool);
+  int32_t largest = 1, any = 0;
   for (int byte = 0; byte < 256; ++byte) {
-    bool seen = false;
-    for (int64_t block = 0; block < blocks; ++block) seen |= found[block * 256 + byte];
-    if (!seen) continue;
+    if (!seen[byte]) continue;
     const float v = x.Value(byte) * kFactor;
     if (!(std::fabs(v) <= kMax) || v != std::nearbyint(v)) return false;
-    lattice.table[byte] = static_cast<int8_t>(v);
-    largest = std::max(largest, std::abs(static_cast<int32_t>(v)));
-    any |= static_cast<int32_t>(v);
+    const int32_t integer = static_cast<int32_t>(v);
+    lattice.table[byte] = static_cast<int8_t>(integer);
+    largest = std::max(largest, std::abs(integer));
+    any |= integer;
   }
-  lattice.factor = kFactor;
-  if (any % 2 == 0) {
-    lattice.factor /= 2;
-    largest /= 2;
-    for (int8_t& v : lattice.table) v /= 2;
-  }
-  lattice.max = std::max(largest, 1);
+  // Without quarters, halves do: smaller numbers leave more room for sums.
+  const int32_t spare = any % 2 == 0 ? 2 : 1;
+  for (int8_t& v : lattice.table) v /= spare;
+  lattice.factor = kFactor / spare;
+  lattice.max = std::max(largest / spare, 1);
   return true;
 }
 
-// Codes as integers plus `offset`, in rows padded with zeros to kIntegerStep, and the sums of rows.
+// Codes as integers plus `offset`, in rows padded with zeros to kIntegerLanes, and the sums of
+// rows.
 template <typename T>
 struct IntegerPanel {
   IntegerPanel(const Operand& x, const Lattice& lattice, int32_t offset, int64_t row_multiple,
                Pool pool)
-      : k(RoundUp(x.k, kIntegerStep)), values(RoundUp(x.rows, row_multiple) * k), sums(x.rows) {
+      : k(RoundUp(x.k, kIntegerLanes)), values(RoundUp(x.rows, row_multiple) * k), sums(x.rows) {
     T table[256];
     for (int i = 0; i < 256; ++i) table[i] = static_cast<T>(lattice.table[i] + offset);
     ParallelFor(pool, x.rows, [&](int64_t row) {
@@ -107,6 +113,8 @@ struct IntegerPanel {
       sums[row] = sum;
     });
   }
+
+  const T* Row(int64_t row) const { return values.data() + row * k; }
 
   int64_t k;
   std::vector<T> values;
@@ -142,13 +150,17 @@ struct Epilogue {
   }
 };
 
-// Calls work(row, col, rows, cols) for blocks that cover a matrix.
+struct Block {
+  int64_t row, col, rows, cols;
+};
+
+// Calls work(block) for blocks that cover a matrix.
 template <typename Work>
 void ForBlocks(int64_t m, int64_t n, int64_t rows, int64_t cols, Pool pool, const Work& work) {
   const int64_t down = (m + rows - 1) / rows, across = (n + cols - 1) / cols;
   ParallelFor(pool, down * across, [&](int64_t i) {
     const int64_t row = i / across * rows, col = i % across * cols;
-    work(row, col, std::min(rows, m - row), std::min(cols, n - col));
+    work(Block{row, col, std::min(rows, m - row), std::min(cols, n - col)});
   });
 }
 
@@ -163,26 +175,22 @@ void MultiplyIntegers(const Operand& a, const Lattice& la, const Operand& b, con
   // A lane takes two products a time, of numbers up to 2 la.max and lb.max; there is room for one.
   const int64_t k = pa.k, exact = kIntegerLanes * (32767 / (2 * 2 * la.max * lb.max));
   const float unit = 1.0f / static_cast<float>(la.factor * lb.factor);
-  ForBlocks(
-      a.rows, b.rows, kRows, kCols, pool,
-      [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
-        float sums[kRows * kCols];
-        for (int64_t i = 0; i < rows; i += kIntegerRows) {
-          for (int64_t j = 0; j < cols; j += kIntegerCols) {
-            int32_t c[kIntegerRows * kIntegerCols];
-            tile(pa.values.data() + (row + i) * k, pb.values.data() + (col + j) * k, k, exact, c);
-            for (int64_t di = 0; di < std::min(kIntegerRows, rows - i); ++di) {
-              for (int64_t dj = 0; dj < std::min(kIntegerCols, cols - j); ++dj) {
-                const int32_t sum = c[di * kIntegerCols + dj] - la.max * pb.sums[col + j + dj];
-                sums[(i + di) * kCols + j + dj] = static_cast<float>(sum) * unit;
-              }
-            }
-          }
-        }
-        for (int64_t i = 0; i < rows; ++i) {
-          epilogue.Finish(row + i, col, cols, sums + i * kCols);
-        }
-      });
+  ForBlocks(a.rows, b.rows, kRows, kCols, pool, [&](const Block& block) {
+    int32_t sums[kRows * kCols];
+    for (int64_t i = 0; i < block.rows; i += kIntegerRows) {
+      for (int64_t j = 0; j < block.cols; j += kIntegerCols) {
+        tile(pa.Row(block.row + i), pb.Row(block.col + j), k, exact, sums + i * kCols + j, kCols);
+      }
+    }
+    const int32_t* b_sums = pb.sums.data() + block.col;
+    for (int64_t i = 0; i < block.rows; ++i) {
+      float y[kCols];
+      for (int64_t j = 0; j < block.cols; ++j) {
+        y[j] = static_cast<float>(sums[i * kCols + j] - la.max * b_sums[j]) * unit;
+      }
+      epilogue.Finish(block.row + i, block.col, block.cols, y);
+    }
+  });
 }
 
 // Values of rows [row, row + kWidth) for steps [begin, end) of k, a step after the other.
@@ -216,25 +224,24 @@ void MultiplyFloats(const Operand& a, const Operand& b, const Epilogue& epilogue
   ParallelFor(pool, panels, [&](int64_t panel) {
     PackFloats<kFloatCols>(b, tb, panel * kFloatCols, 0, k, pb.data() + panel * k * kFloatCols);
   });
-  ForBlocks(a.rows, b.rows, kRows, kCols, pool,
-            [&](int64_t row, int64_t col, int64_t rows, int64_t cols) {
-              std::vector<float> pa(kRows * kDepth), sums(kRows * kCols);
-              for (int64_t p = 0; p < k; p += kDepth) {
-                const int64_t depth = std::min(kDepth, k - p);
-                for (int64_t i = 0; i < rows; i += kFloatRows) {
-                  PackFloats<kFloatRows>(a, ta, row + i, p, p + depth, pa.data() + i * kDepth);
-                }
-                for (int64_t j = 0; j < cols; j += kFloatCols) {
-                  const float* panel = pb.data() + (col + j) * k + p * kFloatCols;
-                  for (int64_t i = 0; i < rows; i += kFloatRows) {
-                    tile(pa.data() + i * kDepth, panel, depth, sums.data() + i * kCols + j, kCols);
-                  }
-                }
-              }
-              for (int64_t i = 0; i < rows; ++i) {
-                epilogue.Finish(row + i, col, cols, sums.data() + i * kCols);
-              }
-            });
+  ForBlocks(a.rows, b.rows, kRows, kCols, pool, [&](const Block& block) {
+    std::vector<float> pa(kRows * kDepth), sums(kRows * kCols);
+    for (int64_t p = 0; p < k; p += kDepth) {
+      const int64_t depth = std::min(kDepth, k - p);
+      for (int64_t i = 0; i < block.rows; i += kFloatRows) {
+        PackFloats<kFloatRows>(a, ta, block.row + i, p, p + depth, pa.data() + i * kDepth);
+      }
+      for (int64_t j = 0; j < block.cols; j += kFloatCols) {
+        const float* panel = pb.data() + (block.col + j) * k + p * kFloatCols;
+        for (int64_t i = 0; i < block.rows; i += kFloatRows) {
+          tile(pa.data() + i * kDepth, panel, depth, sums.data() + i * kCols + j, kCols);
+        }
+      }
+    }
+    for (int64_t i = 0; i < block.rows; ++i) {
+      epilogue.Finish(block.row + i, block.col, block.cols, sums.data() + i * kCols);
+    }
+  });
 }
 
 }  // namespace
@@ -247,7 +254,8 @@ void Multiply(const Gemm& args, Encoding a_encoding, Encoding b_encoding, Pool p
     const Epilogue epilogue{args, batch};
     Lattice la{}, lb{};
     constexpr int64_t kMaxSum = int64_t{1} << 31;
-    if (FindLattice(a, pool, la) && FindLattice(b, pool, lb) &&
+    const bool e5m2 = a_encoding == Encoding::kE5M2 || b_encoding == Encoding::kE5M2;
+    if (!e5m2 && FindLattice(a, pool, la) && FindLattice(b, pool, lb) &&
         args.k * 2 * la.max * lb.max < kMaxSum) {
       MultiplyIntegers(a, la, b, lb, epilogue, pool);
     } else {

@@ -16,7 +16,7 @@ constexpr float kTiny = std::numeric_limits<float>::min();
 constexpr int64_t kTile = 64;
 
 // Subnormals to a zero of the same sign.
-float Flush(float v) { return std::fabs(v) < kTiny ? std::copysign(0.0f, v) : v; }
+JFP4_INLINE float Flush(float v) { return std::fabs(v) < kTiny ? std::copysign(0.0f, v) : v; }
 
 // One matrix, and what is done to its elements before they are scaled.
 struct Source {
@@ -30,22 +30,28 @@ struct Source {
   float lo = 0, hi = 0;
 
   // Elements [row, col .. col + count): those that are scaled, and what was clamped off.
-  void Read(int64_t row, int64_t col, int64_t count, float* v, float* residual) const {
+  JFP4_INLINE void Read(int64_t row, int64_t col, int64_t count, float* v, float* residual) const {
     Load(x, type, row * cols + col, count, v);
     if (col_factor != nullptr) {
       for (int64_t i = 0; i < count; ++i) v[i] *= col_factor[col + i];
     }
     if (row_factor != nullptr) {
-      for (int64_t i = 0; i < count; ++i) v[i] *= row_factor[row];
+      const float factor = row_factor[row];
+      for (int64_t i = 0; i < count; ++i) v[i] *= factor;
     }
     if (!clamps) return;
+    if (std::isnan(lo) || std::isnan(hi)) {
+      std::fill_n(v, count, std::nanf(""));
+      return;
+    }
+    const float low = lo, high = hi;
     for (int64_t i = 0; i < count; ++i) {
       const float whole = Flush(v[i]);
-      float clamped = whole < lo ? lo : whole;
-      clamped = clamped > hi ? hi : clamped;
-      // An infinity stays, so that the scale sees it; NaN thresholds spoil everything.
-      clamped = std::isinf(whole) ? whole : clamped;
-      v[i] = std::isnan(lo) || std::isnan(hi) ? std::nanf("") : clamped;
+      float clamped = whole < low ? low : whole;
+      clamped = clamped > high ? high : clamped;
+      // An infinity stays, so that the scale sees it.
+      clamped = BitsOf(std::fabs(whole)) == kInfinityBits ? whole : clamped;
+      v[i] = clamped;
       residual[i] = Flush(whole - clamped);
     }
   }
@@ -70,11 +76,8 @@ void Clamp(const Outliers& outliers, int64_t batch, Source& source) {
   source.hi = Flush(outliers.hi[batch]);
 }
 
-// Magnitudes compare as their bits do, and a NaN is above all.
-uint32_t Magnitude(float v) { return BitsOf(v) & ~kSignBit; }
-
 // The scale of a slice whose largest magnitude has these bits.
-float ScaleOf(uint32_t amax_bits, Format format) {
+float ScaleOf(int32_t amax_bits, Format format) {
   const FormatSpec& f = Spec(format);
   const float least = kTiny / (f.grid_step / 2);
   const float amax = FromBits(amax_bits);
@@ -82,38 +85,117 @@ float ScaleOf(uint32_t amax_bits, Format format) {
   return std::max(amax * (1 / f.max), least);
 }
 
-// Where the codes of a tile go. A null is not wanted.
+// Part of a matrix, at most kTile rows by kTile columns.
+struct Block {
+  int64_t row, col, rows, cols;
+};
+
+// The largest magnitudes of a block's rows, in `amax`, or of its columns, as bits: magnitudes
+// compare as these do, and a NaN is above all.
+JFP4_INLINE void AmaxBody(const Source& s, const Block& block, bool by_row, int32_t* amax) {
+  float v[kTile], residual[kTile];
+  for (int64_t r = 0; r < block.rows; ++r) {
+    s.Read(block.row + r, block.col, block.cols, v, residual);
+    if (by_row) {
+      int32_t largest = amax[r];
+      for (int64_t c = 0; c < block.cols; ++c) {
+        const int32_t bits = BitsOf(v[c]) & ~kSignBit;
+        largest = bits > largest ? bits : largest;
+      }
+      amax[r] = largest;
+    } else {
+      for (int64_t c = 0; c < block.cols; ++c) {
+        const int32_t bits = BitsOf(v[c]) & ~kSignBit;
+        amax[c] = bits > amax[c] ? bits : amax[c];
+      }
+    }
+  }
+}
+
+// Codes of a block into `tile`, whose rows are kTile bytes. `inverse` is the reciprocal scale of
+// each row or column of the matrix.
+template <Format kFormat>
+JFP4_INLINE void RoundBody(const Source& s, const Block& block, bool by_row, const float* inverse,
+                           uint8_t* tile) {
+  const int64_t cols = block.cols;  // for all that the compiler knows, bytes written may be block's
+  float v[kTile], residual[kTile], factor[kTile];
+  if (!by_row) std::copy_n(inverse + block.col, cols, factor);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    s.Read(block.row + r, block.col, cols, v, residual);
+    if (by_row) std::fill_n(factor, cols, inverse[block.row + r]);
+    uint8_t* out = tile + r * kTile;
+    if (s.compensates) {
+      for (int64_t c = 0; c < cols; ++c) {
+        const float outlier = Flush(residual[c] * factor[c]);
+        v[c] = RoundToFormat<Format::kE4M3>(RoundToFormat<kFormat>(v[c] * factor[c]) + outlier);
+      }
+    } else {
+      for (int64_t c = 0; c < cols; ++c) v[c] = RoundToFormat<kFormat>(v[c] * factor[c]);
+    }
+    // A broken row or column has codes 0.
+    for (int64_t c = 0; c < cols; ++c) v[c] = factor[c] == factor[c] ? v[c] : 0;
+    for (int64_t c = 0; c < cols; ++c) out[c] = ByteOfValue<kFormat>(v[c]);
+  }
+}
+
+using AmaxFunction = void (*)(const Source&, const Block&, bool, int32_t*);
+using RoundFunction = void (*)(const Source&, const Block&, bool, const float*, uint8_t*);
+
+// The two, for the instructions that the machine has.
+struct Functions {
+  AmaxFunction amax;
+  RoundFunction round[5];  // by format
+};
+
+template <Format kFormat>
+void Round(const Source& s, const Block& block, bool by_row, const float* inverse, uint8_t* tile) {
+  RoundBody<kFormat>(s, block, by_row, inverse, tile);
+}
+
+void Amax(const Source& s, const Block& block, bool by_row, int32_t* amax) {
+  AmaxBody(s, block, by_row, amax);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+template <Format kFormat>
+__attribute__((target("avx2"))) void RoundAvx2(const Source& s, const Block& block, bool by_row,
+                                               const float* inverse, uint8_t* tile) {
+  RoundBody<kFormat>(s, block, by_row, inverse, tile);
+}
+
+__attribute__((target("avx2"))) void AmaxAvx2(const Source& s, const Block& block, bool by_row,
+                                              int32_t* amax) {
+  AmaxBody(s, block, by_row, amax);
+}
+
+#endif
+
+Functions ChooseFunctions() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx2")) {
+    return {AmaxAvx2,
+            {RoundAvx2<Format::kE2M1>, RoundAvx2<Format::kE1M2>, RoundAvx2<Format::kE3M0>,
+             RoundAvx2<Format::kE4M3>, RoundAvx2<Format::kE5M2>}};
+  }
+#endif
+  return {Amax,
+          {Round<Format::kE2M1>, Round<Format::kE1M2>, Round<Format::kE3M0>, Round<Format::kE4M3>,
+           Round<Format::kE5M2>}};
+}
+
+const Functions& Chosen() {
+  static const Functions functions = ChooseFunctions();
+  return functions;
+}
+
+// Where the codes of a matrix go. A null is not wanted.
 struct Outputs {
   uint8_t* codes;
   uint8_t* codes_t;
   uint8_t* packed;    // along the columns
   uint8_t* packed_t;  // along the rows
 };
-
-template <Format kFormat>
-void RoundTile(const Source& s, const float* inverse, bool by_row, int64_t r0, int64_t c0,
-               int64_t rows, int64_t cols, uint8_t* tile) {
-  float v[kTile], residual[kTile];
-  for (int64_t r = 0; r < rows; ++r) {
-    s.Read(r0 + r, c0, cols, v, residual);
-    uint8_t* out = tile + r * kTile;
-    for (int64_t c = 0; c < cols; ++c) {
-      const float factor = by_row ? inverse[r0 + r] : inverse[c0 + c];
-      uint8_t code = CodeByte<kFormat>(v[c] * factor);
-      if (s.compensates) {
-        const float sum = CodeValue(code, false) + Flush(residual[c] * factor);
-        code = CodeByte<Format::kE4M3>(sum);
-      }
-      out[c] = std::isnan(factor) ? 0 : code;
-    }
-  }
-}
-
-using Rounder = void (*)(const Source&, const float*, bool, int64_t, int64_t, int64_t, int64_t,
-                         uint8_t*);
-constexpr Rounder kRounders[] = {RoundTile<Format::kE2M1>, RoundTile<Format::kE1M2>,
-                                 RoundTile<Format::kE3M0>, RoundTile<Format::kE4M3>,
-                                 RoundTile<Format::kE5M2>};
 
 // Bytes of two nibbles, from `length` codes `stride` apart.
 void Pack(const uint8_t* codes, int64_t stride, int64_t length, uint8_t* to) {
@@ -123,62 +205,58 @@ void Pack(const uint8_t* codes, int64_t stride, int64_t length, uint8_t* to) {
   }
 }
 
-// Rounds a matrix with the scales of its rows or columns, a tile at a time.
-void Round(const Source& s, const float* scale, bool by_row, const Outputs& out,
-           ffi::ThreadPool pool) {
-  std::vector<float> inverse(by_row ? s.rows : s.cols);
-  for (size_t i = 0; i < inverse.size(); ++i) inverse[i] = 1 / scale[i];
-  const int64_t tiles = (s.cols + kTile - 1) / kTile;
+void Write(const uint8_t* tile, const Source& s, const Block& block, const Outputs& out) {
+  const auto [row0, col0, rows, cols] = block;
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* from = tile + r * kTile;
+    const int64_t row = row0 + r;
+    if (out.codes) std::copy_n(from, cols, out.codes + row * s.cols + col0);
+    if (out.packed) Pack(from, 1, cols, out.packed + row * ((s.cols + 1) / 2) + col0 / 2);
+  }
+  for (int64_t c = 0; c < cols; ++c) {
+    const uint8_t* from = tile + c;
+    const int64_t col = col0 + c;
+    if (out.codes_t) {
+      uint8_t* to = out.codes_t + col * s.rows + row0;
+      for (int64_t r = 0; r < rows; ++r) to[r] = from[r * kTile];
+    }
+    if (out.packed_t) Pack(from, kTile, rows, out.packed_t + col * ((s.rows + 1) / 2) + row0 / 2);
+  }
+}
+
+// Calls work(begin, end) for the tiles of a length.
+template <typename Work>
+void ForTiles(int64_t length, const Work& work) {
+  for (int64_t i = 0; i < length; i += kTile) work(i, std::min(kTile, length - i));
+}
+
+// Scales of a matrix's rows or columns, and its codes.
+void Quantize(const Source& s, bool by_row, float* scale, const Outputs& out,
+              ffi::ThreadPool pool) {
+  const Functions& f = Chosen();
+  const int64_t slices = by_row ? s.rows : s.cols, length = by_row ? s.cols : s.rows;
+  std::vector<float> inverse(slices);
+  ParallelFor(pool, (slices + kTile - 1) / kTile, [&](int64_t band) {
+    const int64_t first = band * kTile, count = std::min(kTile, slices - first);
+    int32_t amax[kTile] = {};
+    ForTiles(length, [&](int64_t begin, int64_t size) {
+      const Block block =
+          by_row ? Block{first, begin, count, size} : Block{begin, first, size, count};
+      f.amax(s, block, by_row, amax);
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      scale[first + i] = ScaleOf(amax[i], s.format);
+      inverse[first + i] = 1 / scale[first + i];
+    }
+  });
   ParallelFor(pool, (s.rows + kTile - 1) / kTile, [&](int64_t band) {
+    const int64_t row = band * kTile, rows = std::min(kTile, s.rows - row);
     uint8_t tile[kTile * kTile];
-    const int64_t r0 = band * kTile, rows = std::min(kTile, s.rows - r0);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t c0 = t * kTile, cols = std::min(kTile, s.cols - c0);
-      kRounders[static_cast<int>(s.format)](s, inverse.data(), by_row, r0, c0, rows, cols, tile);
-      for (int64_t r = 0; r < rows; ++r) {
-        if (out.codes) std::copy_n(tile + r * kTile, cols, out.codes + (r0 + r) * s.cols + c0);
-        if (out.packed) {
-          Pack(tile + r * kTile, 1, cols, out.packed + (r0 + r) * ((s.cols + 1) / 2) + c0 / 2);
-        }
-      }
-      for (int64_t c = 0; c < cols; ++c) {
-        if (out.codes_t) {
-          uint8_t* to = out.codes_t + (c0 + c) * s.rows + r0;
-          for (int64_t r = 0; r < rows; ++r) to[r] = tile[r * kTile + c];
-        }
-        if (out.packed_t) {
-          Pack(tile + c, kTile, rows, out.packed_t + (c0 + c) * ((s.rows + 1) / 2) + r0 / 2);
-        }
-      }
-    }
-  });
-}
-
-void ScaleRows(const Source& s, float* scale, ffi::ThreadPool pool) {
-  ParallelFor(pool, (s.rows + kTile - 1) / kTile, [&](int64_t band) {
-    float v[kTile], residual[kTile];
-    for (int64_t r = band * kTile; r < std::min(s.rows, (band + 1) * kTile); ++r) {
-      uint32_t amax = 0;
-      for (int64_t c = 0; c < s.cols; c += kTile) {
-        const int64_t count = std::min(kTile, s.cols - c);
-        s.Read(r, c, count, v, residual);
-        for (int64_t i = 0; i < count; ++i) amax = std::max(amax, Magnitude(v[i]));
-      }
-      scale[r] = ScaleOf(amax, s.format);
-    }
-  });
-}
-
-void ScaleColumns(const Source& s, float* scale, ffi::ThreadPool pool) {
-  ParallelFor(pool, (s.cols + kTile - 1) / kTile, [&](int64_t band) {
-    float v[kTile], residual[kTile];
-    uint32_t amax[kTile] = {};
-    const int64_t c0 = band * kTile, count = std::min(kTile, s.cols - c0);
-    for (int64_t r = 0; r < s.rows; ++r) {
-      s.Read(r, c0, count, v, residual);
-      for (int64_t i = 0; i < count; ++i) amax[i] = std::max(amax[i], Magnitude(v[i]));
-    }
-    for (int64_t i = 0; i < count; ++i) scale[c0 + i] = ScaleOf(amax[i], s.format);
+    ForTiles(s.cols, [&](int64_t col, int64_t cols) {
+      const Block block{row, col, rows, cols};
+      f.round[static_cast<int>(s.format)](s, block, by_row, inverse.data(), tile);
+      Write(tile, s, block, out);
+    });
   });
 }
 
@@ -189,11 +267,9 @@ void RunRows(const QuantizeRows& args, ffi::ThreadPool pool) {
   for (int64_t i = 0; i < args.in.batch; ++i) {
     Source source = MakeSource(args.in, args.format, i);
     Clamp(args.outliers, i, source);
-    float* scale = args.scale + i * rows;
-    ScaleRows(source, scale, pool);
     const Outputs out{At(args.codes, i * rows * cols), At(args.codes_t, i * rows * cols),
                       At(args.packed, i * rows * ((cols + 1) / 2)), nullptr};
-    Round(source, scale, /*by_row=*/true, out, pool);
+    Quantize(source, /*by_row=*/true, args.scale + i * rows, out, pool);
   }
 }
 
@@ -202,28 +278,23 @@ void RunColumns(const QuantizeColumns& args, ffi::ThreadPool pool) {
   for (int64_t i = 0; i < args.in.batch; ++i) {
     Source source = MakeSource(args.in, args.format, i);
     Clamp(args.outliers, i, source);
-    float* scale = args.scale + i * cols;
-    ScaleColumns(source, scale, pool);
     const Outputs out{At(args.codes, i * rows * cols), At(args.codes_t, i * rows * cols), nullptr,
                       At(args.packed_t, i * cols * ((rows + 1) / 2))};
-    Round(source, scale, /*by_row=*/false, out, pool);
+    Quantize(source, /*by_row=*/false, args.scale + i * cols, out, pool);
   }
 }
 
 void RunGradient(const QuantizeGradient& args, ffi::ThreadPool pool) {
   const int64_t rows = args.in.rows, cols = args.in.cols;
   for (int64_t i = 0; i < args.in.batch; ++i) {
-    Source by_row = MakeSource(args.in, args.format, i);
+    Source by_row = MakeSource(args.in, args.format, i), by_column = by_row;
     by_row.col_factor = args.col_factor + i * cols;
-    float* row_scale = args.row_scale + i * rows;
-    ScaleRows(by_row, row_scale, pool);
-    Round(by_row, row_scale, true, {args.codes + i * rows * cols, nullptr, nullptr, nullptr}, pool);
-    Source by_column = MakeSource(args.in, args.format, i);
     by_column.row_factor = args.row_factor + i * rows;
-    float* col_scale = args.col_scale + i * cols;
-    ScaleColumns(by_column, col_scale, pool);
-    Round(by_column, col_scale, false, {nullptr, args.codes_t + i * rows * cols, nullptr, nullptr},
-          pool);
+    uint8_t* codes = args.codes + i * rows * cols;
+    uint8_t* codes_t = args.codes_t + i * rows * cols;
+    Quantize(by_row, true, args.row_scale + i * rows, {codes, nullptr, nullptr, nullptr}, pool);
+    Quantize(by_column, false, args.col_scale + i * cols, {nullptr, codes_t, nullptr, nullptr},
+             pool);
   }
 }
 

@@ -25,12 +25,13 @@ void Select(const Thresholds& args, int64_t batch) {
     any_nan |= std::isnan(v);
     keys[i] = Flip(static_cast<int32_t>(BitsOf(v)));
   }
-  const auto at = [&](int64_t rank) {
-    std::nth_element(keys.begin(), keys.begin() + rank, keys.end());
+  const auto at = [&](int64_t rank, int64_t sorted) {
+    // What lies before `sorted` is known to be no greater than what follows.
+    std::nth_element(keys.begin() + sorted, keys.begin() + rank, keys.end());
     return any_nan ? std::nanf("") : FromBits(static_cast<uint32_t>(Flip(keys[rank])));
   };
-  args.lo[batch] = at(args.low_rank);
-  args.hi[batch] = at(args.high_rank);
+  args.lo[batch] = at(args.low_rank, 0);
+  args.hi[batch] = at(args.high_rank, std::min(args.low_rank, args.high_rank));
 }
 
 void RunThresholds(const Thresholds& args, ffi::ThreadPool pool) {

@@ -10,12 +10,13 @@
 namespace jfp4::host {
 namespace {
 
-void IntegerTilePortable(const uint8_t* a, const int8_t* b, int64_t k, int64_t, int32_t* c) {
+void IntegerTilePortable(const uint8_t* a, const int8_t* b, int64_t k, int64_t, int32_t* c,
+                         int64_t stride) {
   for (int64_t i = 0; i < kIntegerRows; ++i) {
     for (int64_t j = 0; j < kIntegerCols; ++j) {
       int32_t sum = 0;
       for (int64_t p = 0; p < k; ++p) sum += a[i * k + p] * b[j * k + p];
-      c[i * kIntegerCols + j] = sum;
+      c[i * stride + j] = sum;
     }
   }
 }
@@ -51,7 +52,7 @@ __attribute__((target("avx2"))) inline int32_t Sum(__m256i v) {
 }
 
 __attribute__((target("avx2"))) void IntegerTileAvx2(const uint8_t* a, const int8_t* b, int64_t k,
-                                                     int64_t exact, int32_t* c) {
+                                                     int64_t exact, int32_t* c, int64_t stride) {
   constexpr int64_t kTile = kIntegerRows * kIntegerCols;
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i wide[kTile];
@@ -72,24 +73,10 @@ __attribute__((target("avx2"))) void IntegerTileAvx2(const uint8_t* a, const int
       wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(narrow[t], ones));
     }
   }
-  JFP4_UNROLL for (int64_t t = 0; t < kTile; ++t) c[t] = Sum(wide[t]);
-}
-
-__attribute__((target("avx512f,avx512vnni"))) void IntegerTileVnni(const uint8_t* a,
-                                                                   const int8_t* b, int64_t k,
-                                                                   int64_t, int32_t* c) {
-  constexpr int64_t kTile = kIntegerRows * kIntegerCols;
-  __m512i sums[kTile];
-  JFP4_UNROLL for (int64_t t = 0; t < kTile; ++t) sums[t] = _mm512_setzero_si512();
-  for (int64_t p = 0; p < k; p += kIntegerStep) {
-    const __m512i b0 = _mm512_loadu_si512(b + p), b1 = _mm512_loadu_si512(b + k + p);
-    JFP4_UNROLL for (int64_t i = 0; i < kIntegerRows; ++i) {
-      const __m512i row = _mm512_loadu_si512(a + i * k + p);
-      sums[2 * i] = _mm512_dpbusd_epi32(sums[2 * i], row, b0);
-      sums[2 * i + 1] = _mm512_dpbusd_epi32(sums[2 * i + 1], row, b1);
-    }
+  JFP4_UNROLL for (int64_t i = 0; i < kIntegerRows; ++i) {
+    c[i * stride] = Sum(wide[2 * i]);
+    c[i * stride + 1] = Sum(wide[2 * i + 1]);
   }
-  JFP4_UNROLL for (int64_t t = 0; t < kTile; ++t) c[t] = _mm512_reduce_add_epi32(sums[t]);
 }
 
 __attribute__((target("avx2,fma"))) void FloatTileAvx2(const float* a, const float* b, int64_t k,
@@ -120,7 +107,6 @@ __attribute__((target("avx2,fma"))) void FloatTileAvx2(const float* a, const flo
 
 IntegerTile ChooseIntegerTile() {
 #ifdef JFP4_X86
-  if (__builtin_cpu_supports("avx512vnni")) return IntegerTileVnni;
   if (__builtin_cpu_supports("avx2")) return IntegerTileAvx2;
 #endif
   return IntegerTilePortable;

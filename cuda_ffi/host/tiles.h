@@ -5,13 +5,13 @@
 
 namespace jfp4::host {
 
-// Sums of products of small integers, four rows of a by two of b, each row along k, which is a
-// multiple of kIntegerStep: c[2 i + j] = sum a[i] b[j]. Products are added up in pairs of
-// neighbours, and these lane by lane in int16: `exact` products along k, a multiple of
-// kIntegerLanes, stay exact.
-constexpr int64_t kIntegerRows = 4, kIntegerCols = 2, kIntegerStep = 64, kIntegerLanes = 32;
+// Sums of products of small integers, kIntegerRows rows of a by kIntegerCols of b, each row along
+// k, a multiple of kIntegerLanes: c[i][j] = sum a[i][p] b[j][p], where rows of c are `stride`
+// apart. Pairs of products may be added up lane by lane in int16, which `exact` of them along k
+// leave exact.
+constexpr int64_t kIntegerRows = 4, kIntegerCols = 2, kIntegerLanes = 32;
 using IntegerTile = void (*)(const uint8_t* a, const int8_t* b, int64_t k, int64_t exact,
-                             int32_t* c);
+                             int32_t* c, int64_t stride);
 IntegerTile ChooseIntegerTile();
 
 // Sums of products of float32: c[i][j] += sum a[p][i] b[p][j] for p below k, where a holds

@@ -1,9 +1,9 @@
 """The compiled kernels: which path serves an operation, and one function a target.
 
 Every operation that has a kernel has three paths: ``xla``, which is JAX and runs everywhere;
-``host``, C++ on the CPU; and ``cuda``, for GPUs of compute capability 9.0. All take and give the
-same codes. The platform that a computation is lowered for chooses between them, unless ``backend``
-or the environment variable JFP4_BACKEND asks for one.
+``cuda``, for GPUs of compute capability 9.0; and ``host``, the same targets in C++ on the CPU. All
+take and give the same codes. Where a computation is lowered for a GPU whose kernels there are, they
+serve, and elsewhere XLA does, unless ``backend`` or the environment's JFP4_BACKEND asks for one.
 
 The functions below are given arrays with any leading (batch) dimensions, which all operands share.
 ``jax.vmap`` adds one to every operand: what was not batched is broadcast first.
@@ -29,16 +29,14 @@ from jfp4.formats import FORMATS, get_format
 
 T = TypeVar("T")
 Backend = Literal["auto", "xla", "host", "cuda"]
-Operation = Literal["quantize", "thresholds", "gemm", "packed_gemm"]
 Layout = Literal["codes", "codes_t", "packed"]
+
+OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm")
+"""What has kernels."""
 
 INTERFACE = 1
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
-CPU_DEFAULT: frozenset[Operation] = frozenset()
-"""Operations in which the host path is faster than XLA's on CPUs (benchmarks/cpu.py)."""
-
-_KERNELS: dict[str, Literal["host", "cuda"]] = {"cpu": "host", "cuda": "cuda"}
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
 
 # ------------------------------------------------------------------------------------ the module
@@ -118,9 +116,9 @@ def backend(name: Backend) -> AbstractContextManager[None]:
     called in another. JFP4_BACKEND in the environment sets what holds outside of any.
 
     Args:
-        name: "auto", the fastest there is on the platform; "xla"; "host", the CPU's kernels;
-            "cuda", those of compute capability 9.0. What has no kernel is computed by XLA under
-            any of them.
+        name: "auto", "cuda" where a GPU and its kernels are there and "xla" elsewhere; "xla";
+            "host", the targets on the CPU; "cuda", those of compute capability 9.0. What has no
+            kernel is computed by XLA under any of them.
 
     Raises:
         ValueError: another name.
@@ -151,7 +149,7 @@ class Backends:
     """Which path serves each operation on a platform.
 
     Attributes:
-        platform: as JAX names it.
+        platform: as JAX names it, but cuda for a GPU of NVIDIA's.
         operations: by name.
     """
 
@@ -169,51 +167,45 @@ class Backends:
 def backends() -> Backends:
     """Which path serves each operation on the default platform, here and now, and why.
 
-    Per-tensor scales, shifts and the estimator's slope have no kernels: XLA computes them always.
+    On a CPU that is XLA unless the host path is asked for. Scales of whole tensors, shifts and the
+    estimator's slope have no kernels: XLA computes them always.
 
     Raises:
         RuntimeError: the path asked for (``backend``) is missing.
     """
     platform = jax.default_backend()
-    platform = "cuda" if platform == "gpu" and _is_nvidia() else platform
-    names = get_args(Operation)
-    return Backends(platform, {name: _serving(name, platform) for name in names})
-
-
-def _is_nvidia() -> bool:
-    return "cuda" in jax.devices()[0].client.platform_version.lower()
-
-
-def _serving(operation: Operation, platform: str) -> Served:
-    asked = _checked(_asked.value)
-    if asked == "xla":
-        return Served("xla", "asked for")
+    if platform == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower():
+        platform = "cuda"
+    asked = _asked_for()
     if asked != "auto":
-        if why := missing(asked):
-            raise RuntimeError(f"the backend asked for, {asked!r}, is missing: {why}")
-        return Served(asked, "asked for")
-    if platform not in _KERNELS:
-        return Served("xla", f"there are no kernels for {platform}")
-    path = _KERNELS[platform]
-    if why := missing(path):
-        return Served("xla", why)
-    if path == "host" and operation not in CPU_DEFAULT:
-        return Served("xla", "faster than the host path")
-    return Served(path)
+        served = Served(asked, "asked for")
+    elif platform != "cuda":
+        served = Served("xla")
+    else:
+        served = Served("xla", why) if (why := missing("cuda")) else Served("cuda")
+    return Backends(platform, dict.fromkeys(OPERATIONS, served))
 
 
-def kernel_platforms(operation: Operation) -> tuple[str, ...]:
-    """The platforms that a kernel serves this operation on, as things are now.
+def _asked_for() -> Backend:
+    asked = _checked(_asked.value)
+    if asked in ("host", "cuda") and (why := missing(asked)):
+        raise RuntimeError(f"the backend asked for, {asked!r}, is missing: {why}")
+    return asked
+
+
+def kernel_platforms() -> tuple[str, ...]:
+    """The platforms on which kernels serve, as things are now.
 
     Raises:
         RuntimeError: the path asked for is missing.
     """
-    return tuple(p for p, path in _KERNELS.items() if _serving(operation, p).path == path)
+    asked = _asked_for()
+    if asked == "host":
+        return ("cpu",)
+    return ("cuda",) if asked == "cuda" or (asked == "auto" and not missing("cuda")) else ()
 
 
-def dispatch(
-    operation: Operation, kernel: Callable[..., T], xla: Callable[..., T], *operands: Any
-) -> T:
+def dispatch(kernel: Callable[..., T], xla: Callable[..., T], *operands: Any) -> T:
     """Computes by ``kernel`` on the platforms that it serves and by ``xla`` on the others.
 
     Both are given ``operands`` and return arrays of the same shapes and dtypes; only the one that
@@ -223,7 +215,7 @@ def dispatch(
     Raises:
         RuntimeError: the path asked for is missing.
     """
-    platforms = kernel_platforms(operation)
+    platforms = kernel_platforms()
     if not platforms:
         return xla(*operands)
     branches: dict[str, Any] = dict.fromkeys(platforms, kernel)
@@ -360,9 +352,8 @@ def thresholds(
     return lo, hi
 
 
-K_MULTIPLE = 32
-"""Codes are padded along the contraction to a multiple of this: GPUs copy 16 bytes at a time, and
-packed codes are two a byte."""
+ROW_BYTES = 16
+"""Rows of codes are padded to a multiple of what GPUs copy at a time."""
 
 
 def gemm(
@@ -379,7 +370,7 @@ def gemm(
 ) -> Float[Array, "*b m n"]:
     """``(a b^T) * a_scale * b_scale + u v + bias``, rounded once to ``out_dtype``.
 
-    Where k is not a multiple of ``K_MULTIPLE`` the codes are padded with zeros, which is exact and
+    Where k is not a multiple of ``ROW_BYTES`` the codes are padded with zeros, which is exact and
     costs a copy of each.
 
     Args:
@@ -398,7 +389,7 @@ def gemm(
     u = jnp.zeros((*batch, m, 0), jnp.float32) if u is None else u
     v = jnp.zeros((*batch, 0, n), jnp.float32) if v is None else v
     bias = jnp.zeros((*batch, 0), jnp.float32) if bias is None else bias
-    a, b = (_pad_last(codes, K_MULTIPLE) for codes in (a, b))
+    a, b = (_pad_last(codes, ROW_BYTES) for codes in (a, b))
     y = jax.ShapeDtypeStruct((*batch, m, n), out_dtype)
     return _call("jfp4_gemm", y)(a, a_scale, b, b_scale, u, v, bias, promote=promote)
 
@@ -415,7 +406,7 @@ def packed_gemm(
     """``gemm`` of E2M1 codes packed two a byte, the earlier in the low nibble; padded as there."""
     *batch, m, _ = a.shape
     bias = jnp.zeros((*batch, 0), jnp.float32) if bias is None else bias
-    a, b = (_pad_last(packed, K_MULTIPLE // 2) for packed in (a, b))
+    a, b = (_pad_last(packed, ROW_BYTES) for packed in (a, b))
     y = jax.ShapeDtypeStruct((*batch, m, b.shape[-2]), out_dtype)
     return _call("jfp4_packed_gemm", y)(a, a_scale, b, b_scale, bias)
 

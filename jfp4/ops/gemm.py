@@ -88,7 +88,7 @@ def gemm(
     operands = (a.codes, a.scale, b.codes, b.scale, u, v, bias)
     # Tensor cores multiply no E5M2 by E5M2.
     served = _kernels_take(a.codes, b.codes, out_dtype) and not fa.dtype == fb.dtype == _E5M2
-    return ffi.dispatch("gemm", kernel, xla, *operands) if served else xla(*operands)
+    return ffi.dispatch(kernel, xla, *operands) if served else xla(*operands)
 
 
 def _packed_gemm(
@@ -104,7 +104,7 @@ def _packed_gemm(
         return ffi.packed_gemm(a.packed, a.scale, b.packed, b.scale, bias=bias, out_dtype=out_dtype)
 
     served = _kernels_take(a.packed, b.packed, out_dtype) and a.format == b.format == "e2m1"
-    return ffi.dispatch("packed_gemm", kernel, xla, a, b, bias) if served else xla(a, b, bias)
+    return ffi.dispatch(kernel, xla, a, b, bias) if served else xla(a, b, bias)
 
 
 def _kernels_take(a: Array, b: Array, out_dtype: jax.typing.DTypeLike) -> bool:

@@ -1,6 +1,5 @@
 """Outlier clamp and compensation (OCC): arXiv 2501.17116, section 3.2."""
 
-import functools
 import math
 
 import jax.numpy as jnp
@@ -11,11 +10,10 @@ from jaxtyping import Array, Float, Float32
 from jfp4.formats import get_format, round_to_format
 from jfp4.ops import ffi
 from jfp4.ops.quantize import (
-    both_layouts,
-    by_kernel_or_xla,
     check_float,
     flush,
     kernel_input,
+    operands,
     reciprocal,
     scale_of,
     scaled_codes,
@@ -70,7 +68,7 @@ def thresholds(
             flat, stride=stride, count=count, low_rank=ranks[0], high_rank=ranks[1]
         )
 
-    return ffi.dispatch("thresholds", kernel, xla, flat)
+    return ffi.dispatch(kernel, xla, flat)
 
 
 def sample_stride(shape: tuple[int, ...], sample: int) -> int:
@@ -153,16 +151,8 @@ def quantize_compensated(
         As ``quantize``.
     """
     axis = _checked_axis(x, axis, format)
-    codes, scale = by_kernel_or_xla(
-        functools.partial(_compensate, axis=axis, format=format),
-        x,
-        axis,
-        lo,
-        hi,
-        format=format,
-        compensate=True,
-    )
-    return QTensor(codes, scale, None, "e4m3", axis)
+    (q,) = operands(_compensate, x, axis, lo, hi, format=format, compensate=True)
+    return q
 
 
 def quantize_compensated_both(
@@ -172,18 +162,10 @@ def quantize_compensated_both(
     axis: int | None,
     *,
     format: str = "e2m1",
-) -> tuple[QTensor, QTensor]:
+) -> tuple[QTensor, ...]:
     """``quantize_compensated`` and its transpose; see ``quantize_both``."""
     axis = _checked_axis(x, axis, format)
-
-    def xla(x: Array, lo: Array, hi: Array) -> tuple[Array, Array, Array]:
-        codes, scale = _compensate(x, lo, hi, axis=axis, format=format)
-        return codes, codes.T, scale
-
-    codes, codes_t, scale = by_kernel_or_xla(
-        xla, x, axis, lo, hi, format=format, compensate=True, both=True
-    )
-    return both_layouts(codes, codes_t, scale, None, "e4m3", axis)
+    return operands(_compensate, x, axis, lo, hi, format=format, compensate=True, both=True)
 
 
 def _checked_axis(x: Array, axis: int | None, format: str) -> int | None:
@@ -194,7 +176,6 @@ def _checked_axis(x: Array, axis: int | None, format: str) -> int | None:
 def _compensate(
     x: Array, lo: Array, hi: Array, *, axis: int | None, format: str
 ) -> tuple[Float[Array, "..."], Float32[Array, "..."]]:
-    """Codes, E4M3, and scale."""
     carrier = get_format("e4m3")
     clamped, residual = clamp(x, lo, hi)
     scale = scale_of(clamped, axis, format)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,17 +55,11 @@ def quantize(
         ValueError: unknown ``format`` or ``shift``, or an ``axis`` that ``x`` does not have.
     """
     x, axis, offset = _shifted(x, axis, format, shift)
-    carrier = get_format(format).dtype if dtype is None else dtype
-
-    def xla(x: Array) -> tuple[Array, Array]:
-        x = jnp.asarray(x, jnp.float32)
-        scale = scale_of(x, axis, format)
-        return scaled_codes(x, scale, format).astype(carrier), scale
-
-    if carrier != get_format(format).dtype:
-        codes, scale = xla(x)
-    else:
-        codes, scale = by_kernel_or_xla(xla, x, axis, format=format)
+    carrier = get_format(format).dtype
+    if dtype is None or dtype == carrier:
+        (q,) = operands(_codes_and_scale, x, axis, format=format, shift=offset)
+        return q
+    codes, scale = _codes_and_scale(x, axis=axis, format=format, dtype=dtype)
     return QTensor(codes, scale, offset, format, axis)
 
 
@@ -76,30 +69,27 @@ def quantize_both(
     *,
     format: str = "e2m1",
     shift: str | Float32[Array, "..."] | None = None,
-) -> tuple[QTensor, QTensor]:
+) -> tuple[QTensor, ...]:
     """``quantize(x, axis)`` and its transpose, each with codes of its own, contiguous by rows.
 
     Two products read one tensor along different axes, and tensor cores read along rows alone: a
-    kernel writes both layouts in the pass that rounds.
+    kernel writes both layouts in one call.
     """
     x, axis, offset = _shifted(x, axis, format, shift)
-
-    def xla(x: Array) -> tuple[Array, Array, Array]:
-        x = jnp.asarray(x, jnp.float32)
-        scale = scale_of(x, axis, format)
-        codes = scaled_codes(x, scale, format).astype(get_format(format).dtype)
-        return codes, codes.T, scale
-
-    codes, codes_t, scale = by_kernel_or_xla(xla, x, axis, format=format, both=True)
-    return both_layouts(codes, codes_t, scale, offset, format, axis)
+    return operands(_codes_and_scale, x, axis, format=format, shift=offset, both=True)
 
 
-def both_layouts(
-    codes: Array, codes_t: Array, scale: Array, shift: Array | None, format: str, axis: int | None
-) -> tuple[QTensor, QTensor]:
-    """A QTensor and its transpose, which has codes of its own."""
-    q = QTensor(codes, scale, shift, format, axis)
-    return q, dataclasses.replace(q.T, codes=codes_t)
+def _codes_and_scale(
+    x: Float[Array, "..."],
+    *,
+    axis: int | None,
+    format: str,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[Float[Array, "..."], Float32[Array, "..."]]:
+    x = jnp.asarray(x, jnp.float32)
+    scale = scale_of(x, axis, format)
+    codes = scaled_codes(x, scale, format)
+    return codes.astype(get_format(format).dtype if dtype is None else dtype), scale
 
 
 def quantize_gradient(
@@ -115,7 +105,7 @@ def quantize_gradient(
     products with the factors are rounded to float32. Where no kernel serves, the codes come in
     bfloat16: they are multiplied at once, and CPUs, which have no float8, are spared the detour.
     """
-    served = bool(ffi.kernel_platforms("quantize")) and dy.size > 0
+    served = bool(ffi.kernel_platforms()) and dy.size > 0
     carrier = get_format(format).dtype if served else jnp.bfloat16
 
     def xla(dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
@@ -135,7 +125,7 @@ def quantize_gradient(
 
     operands = (dy, col_factor, row_factor)
     codes, row_scale, columns, col_scale = (
-        ffi.dispatch("quantize", kernel, xla, *operands) if served else xla(*operands)
+        ffi.dispatch(kernel, xla, *operands) if served else xla(*operands)
     )
     return (
         QTensor(codes, row_scale, None, format, 1),
@@ -143,51 +133,62 @@ def quantize_gradient(
     )
 
 
-def by_kernel_or_xla(
-    xla: Callable[..., Any],
+def operands(
+    xla: Callable[..., tuple[Array, Array]],
     x: Float[Array, "..."],
     axis: int | None,
     *outliers: Float32[Array, ""],
     format: str,
+    shift: Float32[Array, "..."] | None = None,
     compensate: bool = False,
     both: bool = False,
-) -> Any:
-    """A quantiser's codes and scale, or with ``both`` its codes, their transpose and the scale.
+) -> tuple[QTensor, ...]:
+    """Quantises by the path that serves: the tensor, and with ``both`` its transpose as well.
 
-    Kernels serve scales along one of the last two axes. They write codes contiguous along the
-    contraction, which is how products read them.
+    Kernels serve scales along one of the last two axes. Where the tensor alone is wanted they
+    write its codes contiguous along ``axis``, which is how products read them.
 
     Args:
-        xla: what computes them elsewhere, from ``x`` and ``outliers``.
-        x: what is quantised.
+        xla: what computes codes and scale where no kernel does, from ``x`` and ``outliers``;
+            ``axis`` and ``format`` are passed by name.
+        x: what is quantised, the shift taken off.
         axis: as in ``quantize``, counted from the front.
         outliers: clamp thresholds, or none.
         format: the format before compensation.
-        compensate: as in ``ffi.quantize_rows``.
-        both: whether the transpose is wanted as well.
+        shift: the shift that was taken off.
+        compensate: whether what was clamped off is added to the codes, which are E4M3 then.
+        both: whether the transpose, of a matrix, is wanted.
     """
     x = jnp.asarray(x)
-    if x.ndim < 2 or x.size == 0 or axis not in (x.ndim - 1, x.ndim - 2):
-        return xla(x, *outliers)
     by_row = axis == x.ndim - 1
-    call = ffi.quantize_rows if by_row else ffi.quantize_columns
-    want: tuple[ffi.Layout, ...] = ("codes",) if by_row else ("codes_t",)
+    quantize_by = ffi.quantize_rows if by_row else ffi.quantize_columns
+    single: ffi.Layout = "codes" if by_row else "codes_t"
+
+    def plain(x: Array, *outliers: Array) -> tuple[Array | None, ...]:
+        codes, scale = xla(x, *outliers, axis=axis, format=format)
+        return codes, codes.T if both else None, scale
 
     def kernel(x: Array, *outliers: Array) -> tuple[Array | None, ...]:
         bounds = [jnp.broadcast_to(bound, x.shape[:-2]) for bound in outliers]
-        q = call(
+        codes, codes_t, _, scale = quantize_by(
             kernel_input(x),
             format=format,
-            want=("codes", "codes_t") if both else want,
+            want=("codes", "codes_t") if both else (single,),
             outliers=(bounds[0], bounds[1]) if bounds else None,
             compensate=compensate,
         )
-        if both:
-            return q.codes, q.codes_t, q.scale
-        codes = q.codes if q.codes_t is None else jnp.swapaxes(q.codes_t, -1, -2)
-        return codes, q.scale
+        if codes is None:
+            assert codes_t is not None
+            return jnp.swapaxes(codes_t, -1, -2), None, scale
+        return codes, codes_t, scale
 
-    return ffi.dispatch("quantize", kernel, xla, x, *outliers)
+    served = x.ndim >= 2 and x.size > 0 and axis in (x.ndim - 1, x.ndim - 2)
+    codes, codes_t, scale = (
+        ffi.dispatch(kernel, plain, x, *outliers) if served else plain(x, *outliers)
+    )
+    assert codes is not None and scale is not None
+    q = QTensor(codes, scale, shift, "e4m3" if compensate else format, axis)
+    return (q,) if codes_t is None else (q, dataclasses.replace(q.T, codes=codes_t))
 
 
 def kernel_input(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -240,8 +241,8 @@ def flush(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
 def scale_of(x: Float32[Array, "..."], axis: int | None, format: str) -> Float32[Array, "..."]:
     """The scale that takes the largest magnitude along ``axis`` to the format's; dims kept."""
     f = get_format(format)
-    # As integers, magnitudes sort as they do as floats, with NaN above infinity; XLA's floating-point
-    # maximum loses NaNs on CPUs once it runs over vectors.
+    # As integers, magnitudes sort as they do as floats, with NaN above infinity; the maximum of
+    # floats loses NaNs on CPUs once XLA takes it over vectors.
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     amax = lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=True, initial=0), jnp.float32)
     scale = jnp.maximum(amax * np.float32(1 / f.max), np.float32(f.min_scale))

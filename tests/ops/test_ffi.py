@@ -702,23 +702,18 @@ def test_a_context_chooses_and_jit_follows():
             assert str(jfp4.backends()).endswith("by xla (asked for)")
         assert calls() == {"jfp4_quantize_rows": 1}
         assert str(jfp4.backends()).endswith("by host (asked for)")
-    served = jfp4.backends().operations["quantize"]
-    assert calls() == ({"jfp4_quantize_rows": 1} if served.path == "host" else {})
+    assert calls() == {}
 
 
 @built
 def test_only_the_branch_that_serves_is_lowered(monkeypatch):
-    """With kernels for both platforms each program holds its own platform's alone."""
+    """Where there are kernels, each platform's program holds its own branch alone."""
     monkeypatch.setattr(ffi, "missing", lambda path: "")
-    monkeypatch.setattr(ffi, "CPU_DEFAULT", frozenset(["gemm"]))
     a, b = codes_of(33, (M, K), "e2m1"), codes_of(34, (K, N), "e2m1")
     traced = jax.jit(lambda a, b: gemm(a, b)).trace(a, b)
-    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert on_cpu.count("@jfp4_gemm") == 1 and "dot_general" not in on_cpu
-    on_cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert on_cuda.count("@jfp4_gemm") == 1 and "dot_general" not in on_cuda
-    on_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert on_tpu.count("dot_general") == 1 and "@jfp4_gemm" not in on_tpu
+    for platform, kernels, products in (("cuda", 1, 0), ("cpu", 0, 1), ("tpu", 0, 1)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert (text.count("@jfp4_gemm"), text.count("dot_general")) == (kernels, products)
 
 
 @built
@@ -774,9 +769,9 @@ NEWER = types.SimpleNamespace(interface=ffi.INTERFACE, jaxlib="99.1.0")
 def test_a_module_that_cannot_be_used_says_why(monkeypatch, module, why):
     assert pretend(monkeypatch, module).startswith(why)
     assert ffi.missing("host").startswith(why) and ffi.missing("cuda").startswith(why)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cuda")
     served = jfp4.backends()
-    if served.platform in ("cpu", "cuda"):
-        assert all(str(s).startswith(f"xla ({why}") for s in served.operations.values())
+    assert all(str(s).startswith(f"xla ({why}") for s in served.operations.values())
     quantize(X, 1)  # by XLA
     with jfp4.backend("host"), pytest.raises(RuntimeError, match=re.escape(why)):
         quantize(X, 1)
