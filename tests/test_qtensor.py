@@ -9,7 +9,7 @@ import pytest
 
 from jfp4.ops import reference as ref
 from jfp4.ops.quantize import quantize
-from jfp4.qtensor import QTensor
+from jfp4.qtensor import PackedQTensor, QTensor
 
 quantized = functools.partial(jax.jit, static_argnames=("axis", "format", "shift"))(quantize)
 X = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32) + 1
@@ -76,3 +76,34 @@ def test_is_a_pytree_with_static_format_and_axis():
     same = jax.jit(lambda t: t)(q)
     assert isinstance(same, QTensor) and (same.format, same.axis) == ("e2m1", 1)
     np.testing.assert_array_equal(same.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("format", ["e2m1", "e1m2", "e3m0"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_packed_is_the_oracles_bytes_along_the_contraction(axis, format):
+    q = quantized(X, axis, format=format)
+    p = PackedQTensor.pack(q)
+    codes = np.asarray(q.codes, np.float64)
+    np.testing.assert_array_equal(p.packed, ref.pack(codes if axis == 1 else codes.T, format))
+    assert p.shape == (5, 7) and p.T.shape == (7, 5) and p.length == X.shape[axis]
+    for got, expected in ((p.unpack(), q), (p.T.unpack(), q.T)):
+        assert (got.format, got.axis) == (expected.format, expected.axis)
+        np.testing.assert_array_equal(got.dequantize(), expected.dequantize())
+
+
+def test_packed_is_a_pytree_of_bytes_and_scale():
+    p = PackedQTensor.pack(quantized(X, 1))
+    assert [leaf.dtype for leaf in jax.tree.leaves(p)] == [jnp.uint8, jnp.float32]
+    same = jax.jit(lambda t: t)(p)
+    assert isinstance(same, PackedQTensor) and (same.axis, same.length) == (1, 7)
+
+
+def test_what_cannot_be_packed():
+    with pytest.raises(ValueError, match=r"q has shape \(2, 3, 4\); expected a matrix"):
+        PackedQTensor.pack(quantized(np.ones((2, 3, 4), np.float32), 2))
+    with pytest.raises(ValueError, match=r"q has a shift of shape \(5, 1\)"):
+        PackedQTensor.pack(quantized(X, 1, shift="midrange"))
+    with pytest.raises(ValueError, match="axis=None; expected 0 or 1"):
+        PackedQTensor.pack(quantized(X, None))
+    with pytest.raises(ValueError, match="format='e4m3' has 8 bits"):
+        PackedQTensor.pack(quantized(X, 1, format="e4m3"))

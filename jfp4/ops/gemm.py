@@ -35,8 +35,8 @@ def gemm(
     Args:
         a: codes [m, k], scale [m, 1] or [1, 1]; shift [m, 1], [1, 1] or [1, k].
         b: codes [k, n], scale [1, n] or [1, 1]; shift [1, n], [1, 1] or [k, 1]. Where both
-            operands are packed along the contraction, kernels multiply them as they are; whatever
-            else is packed is unpacked first.
+            operands are packed, kernels multiply them as they are, unless ``promote`` is set;
+            whatever else is packed is unpacked first.
         bias: added to every row.
         out_dtype: dtype of the result.
         promote: on GPUs, add up every 128 products along k in float32, where tensor cores keep
@@ -46,13 +46,14 @@ def gemm(
         The product, [m, n].
 
     Raises:
-        TypeError: ``a`` or ``b`` is not a QTensor.
+        TypeError: ``a`` or ``b`` is neither a QTensor nor a PackedQTensor.
         ValueError: an operand is not a matrix, the contraction axes differ in length, a scale
-            varies along the contraction, or ``bias`` is not of length n.
+            varies along the contraction, codes are packed along another axis, or ``bias`` is not
+            of length n.
     """
     _check_operands(a, b, bias)
     bias = None if bias is None else bias.astype(jnp.float32)
-    if isinstance(a, PackedQTensor) and isinstance(b, PackedQTensor):
+    if isinstance(a, PackedQTensor) and isinstance(b, PackedQTensor) and not promote:
         return _packed_gemm(a, b, bias, out_dtype)
     a, b = (q.unpack() if isinstance(q, PackedQTensor) else q for q in (a, b))
     fa, fb = get_format(a.format), get_format(b.format)
@@ -201,7 +202,7 @@ def _check_operands(
 ) -> None:
     for name, q, contraction in (("a", a, 1), ("b", b, 0)):
         if not isinstance(q, QTensor | PackedQTensor):
-            raise TypeError(f"{name} is {type(q).__name__}; expected a QTensor")
+            raise TypeError(f"{name} is {type(q).__name__}; expected a QTensor or PackedQTensor")
         if len(q.shape) != 2:
             raise ValueError(f"{name} has shape {q.shape}; expected a matrix")
         if isinstance(q, PackedQTensor) and q.axis != contraction:

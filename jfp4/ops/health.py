@@ -1,5 +1,6 @@
 """How well a layer's operands survive quantisation."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -11,13 +12,14 @@ from jfp4.recipe import Recipe
 def health(
     x: Float[Array, "m k"], w: Float[Array, "k n"], recipe: Recipe, calibration: Calibration
 ) -> dict[str, Float32[Array, ""]]:
-    """Measures what quantisation does to a layer's operands.
+    """Measures what quantisation does to a layer's operands; constant to a gradient.
 
     Returns:
         ``clipped``: share of activations beyond the clamp thresholds. ``x_snr_db``, ``w_snr_db``:
         signal-to-noise ratio, ``10 log10(sum v^2 / sum (v - value(Q(v)))^2)``, in dB, with the
         outliers as the product sees them. ``x_zero``, ``w_zero``: share of codes that are zero.
     """
+    x, w, calibration = jax.lax.stop_gradient((x, w, calibration))
     xq, residual = quantize_activation(x, recipe, calibration)
     wq = quantize_weight(w, recipe)
     x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)

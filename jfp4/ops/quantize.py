@@ -37,6 +37,8 @@ def quantize(
     code 0. A NaN, or a magnitude of 2**127 or more, makes the scale of its slice NaN and its codes
     0: whatever is computed from them is NaN, never a plausible number.
 
+    To be differentiated is ``linear``'s part: rounding has no useful derivative, and kernels none.
+
     Args:
         x: any float dtype, any shape; converted to float32 first.
         axis: the axis amax is taken over, or None for one scale for the whole tensor.

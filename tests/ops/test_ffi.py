@@ -4,6 +4,7 @@ What the CUDA targets compute is tested in tests/gpu; the checks of their buffer
 """
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -30,7 +31,10 @@ from jfp4.ops.quantize import quantize, quantize_both, quantize_gradient
 from jfp4.qtensor import PackedQTensor, QTensor
 from jfp4.recipe import RECIPES
 
-built = pytest.mark.skipif(bool(ffi.missing("host")), reason=ffi.missing("host"))
+ELSEWHERE = "" if jax.default_backend() == "cpu" else "runs where JAX_PLATFORMS=cpu"
+built = pytest.mark.skipif(
+    bool(ffi.missing("host") or ELSEWHERE), reason=ffi.missing("host") or ELSEWHERE
+)
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 FOUR_BITS = ("e2m1", "e1m2", "e3m0")
 SHAPES = [(1, 1), (1, 129), (127, 1), (64, 64), (65, 130), (127, 129)]
@@ -142,6 +146,17 @@ def test_clamped_and_compensated_codes_are_the_oracles(format, compensate, axis)
 
 
 @built
+@by_axis
+@pytest.mark.parametrize("compensate", [False, True])
+def test_clamping_about_the_least_normal_number(compensate, axis):
+    """Where an element, a threshold or a residual is subnormal, and so taken for zero."""
+    x = gaussian(36, 64, 65) * (2 * TINY)
+    for lo, hi in ((-1.5, 1.25), (-0.75, 0.5), (-3, 2), (1.25, 1.5), (-1.25, -0.5)):
+        clamp = np.float32(lo * TINY), np.float32(hi * TINY)
+        check_quantized(x, axis, "e2m1", clamp=clamp, compensate=compensate)
+
+
+@built
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=24, max_size=24), at=st.integers(0, 23))
 @by_axis
 @pytest.mark.parametrize("compensate", [False, True])
@@ -232,6 +247,46 @@ def test_products_are_exact_sums_scaled_in_order(fa, fb, m, n, k):
 
 
 @built
+@pytest.mark.parametrize(
+    ("fa", "fb", "k"),
+    [(fa, fb, 16384) for fa in FOUR_BITS for fb in FOUR_BITS] + [("e3m0", "e3m0", 2**19)],
+)
+def test_the_largest_sums_do_not_overflow(fa, fb, k):
+    """All codes at the maximum, with either sign, but one: the smallest, which sets the lattice."""
+    a = np.full((5, k), FORMATS[fa].max) * np.resize([1, -1], (5, 1))
+    b = np.full((3, k), FORMATS[fb].max)
+    a[:, 0], b[:, 0] = FORMATS[fa].grid[1], FORMATS[fb].grid[1]
+    one = jnp.ones((1, 1), jnp.float32)
+    codes = (jnp.asarray(v.astype(ml_dtypes.float8_e4m3fn)) for v in (a, b))
+    a_codes, b_codes = codes
+    y = ffi.gemm(a_codes, one, b_codes, one, out_dtype=jnp.float32)
+    np.testing.assert_array_equal(y, (a @ b.T).astype(np.float32))  # rounded once
+
+
+@built
+@pytest.mark.parametrize(("k", "bytes"), [(1, 16), (16, 16), (17, 32)])
+def test_rows_of_codes_are_padded_to_what_gpus_copy(k, bytes):
+    a, b, one = jnp.ones((3, k)), jnp.ones((5, k)), jnp.ones((1, 1))
+    codes = (a.astype(jnp.float8_e4m3fn), one, b.astype(jnp.float8_e4m3fn), one)
+    packed = (a.astype(jnp.uint8), one, b.astype(jnp.uint8), one)
+    for f, operands, dtype in ((ffi.gemm, codes, "f8E4M3FN"), (ffi.packed_gemm, packed, "ui8")):
+        text = jax.jit(functools.partial(f, out_dtype=jnp.float32)).lower(*operands).as_text()
+        call = next(line for line in text.splitlines() if "@jfp4" in line)
+        assert f"tensor<3x{bytes}x{dtype}>" in call and f"tensor<5x{bytes}x{dtype}>" in call
+
+
+@built
+def test_codes_between_those_of_four_bits():
+    """Small E4M3 codes are no multiples of what E2M1's are."""
+    codes = ref.grid("e4m3")
+    codes = np.random.default_rng(37).choice(codes[codes <= 2], (5, 64))
+    a = QTensor(jnp.asarray(codes, jnp.float8_e4m3fn), jnp.ones((1, 1)), None, "e4m3", None)
+    b = codes_of(38, (64, 7), "e2m1")
+    with jfp4.backend("host"):
+        np.testing.assert_array_equal(gemm(a, b), exact_sums(a, b))
+
+
+@built
 @pytest.mark.parametrize("sa", [(9, 1), (1, 1)])
 @pytest.mark.parametrize("sb", [(1, 11), (1, 1)])
 @by_dtype
@@ -266,15 +321,17 @@ def test_results_are_rounded_as_casts_are():
         + [[np.nan, np.inf, 65519, 65520, 3.4e38]]
     )
     with np.errstate(over="ignore"):
-        scales = scales.astype(np.float32)[:, None]
+        scales = scales.astype(np.float32)
+    every_bit = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)  # NaNs
+    scales = np.concatenate([scales, every_bit])[:, None]
     ones = jnp.ones((len(scales), 1), jnp.float8_e4m3fn)
     one = jnp.ones((1, 1), jnp.float32)
     for dtype in DTYPES.values():
         y = ffi.gemm(ones, jnp.asarray(scales), ones[:1], one, out_dtype=dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             expected = scales.astype(dtype)
-        normal = np.abs(scales) >= TINY  # others may be flushed before they are cast
-        np.testing.assert_array_equal(np.asarray(y)[normal], expected[normal])
+        normal = ~(np.abs(scales) < TINY)  # others may be flushed before they are cast
+        same_bits(np.asarray(y)[normal], expected[normal])
 
 
 @built
@@ -310,10 +367,10 @@ def test_packed_products_are_those_of_bytes(k, mixed):
         np.testing.assert_array_equal(got, expected)
 
 
+@built
 def test_two_operands_in_e5m2_are_xlas_to_multiply():
     a, b = codes_of(21, (3, 16), "e5m2"), codes_of(22, (16, 4), "e5m2")
-    got, expected = both(gemm)(a, b) if not ffi.missing("host") else (gemm(a, b), gemm(a, b))
-    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(*both(gemm)(a, b))
 
 
 # ----------------------------------------------------------------------------------- the ops' layer

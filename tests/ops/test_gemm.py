@@ -13,7 +13,7 @@ from jfp4.ops import reference as ref
 from jfp4.ops.gemm import code_sums, gemm
 from jfp4.ops.outliers import quantize_compensated, thresholds
 from jfp4.ops.quantize import quantize
-from jfp4.qtensor import QTensor
+from jfp4.qtensor import PackedQTensor, QTensor
 
 FOUR_BITS = ("e2m1", "e1m2", "e3m0")
 quantized = functools.partial(jax.jit, static_argnames=("axis", "shift"))(quantize)
@@ -196,6 +196,15 @@ def test_bias_is_one_addition():
     np.testing.assert_array_equal(gemm(a, b, bias=narrow), expected)
 
 
+def test_packed_operands_and_promotion_change_nothing():
+    a, b = quantized(gaussian(26, 4, 33), 1), quantized(gaussian(27, 33, 5), 0)
+    packed = PackedQTensor.pack(a), PackedQTensor.pack(b)
+    expected = gemm(a, b)
+    for x, w in (packed, (a, packed[1]), (packed[0], b)):
+        np.testing.assert_array_equal(gemm(x, w), expected)
+        np.testing.assert_array_equal(gemm(x, w, promote=True), expected)
+
+
 # ----------------------------------------------------------------------- batches and errors
 
 
@@ -223,5 +232,9 @@ def test_errors_name_the_operand_and_the_shapes():
         gemm(a, quantized(gaussian(25, 8, 5), 1))
     with pytest.raises(ValueError, match=r"b has shape \(2, 8, 5\)"):
         gemm(a, quantized(gaussian(25, 2, 8, 5), 1))
+    with pytest.raises(
+        ValueError, match=r"b has shape \(8, 5\) and is packed along axis 1.*axis 0"
+    ):
+        gemm(a, PackedQTensor.pack(quantized(gaussian(25, 8, 5), 1)))
     with pytest.raises(ValueError, match=r"bias has shape \(4,\); expected \(5,\)"):
         gemm(a, b, bias=np.zeros(4, np.float32))

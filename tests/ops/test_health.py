@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jfp4.ops import ffi
 from jfp4.ops import reference as ref
 from jfp4.ops.calibration import calibrate
 from jfp4.ops.health import health, snr_db
@@ -79,3 +80,17 @@ def test_snr():
     assert float(snr_db(v, jnp.float32([3, 3.5]))) == pytest.approx(20)
     assert np.isnan(snr_db(jnp.zeros(2), jnp.zeros(2)))
     assert np.isnan(snr_db(v, jnp.float32([np.nan, 0])))
+
+
+@pytest.mark.parametrize("path", ["xla", "host"])
+def test_is_constant_to_a_gradient(path):
+    """Kernels have no derivative: asking for one would be an error."""
+    if path == "host" and (why := ffi.missing("host")):
+        pytest.skip(why)
+
+    def total(x, w):
+        figures = health(x, w, Recipe(occ_alpha=0.95), calibrate(x, Recipe(occ_alpha=0.95)))
+        return figures["x_snr_db"] + figures["w_snr_db"]
+
+    with ffi.backend(path):
+        assert not any(np.any(g) for g in jax.grad(total, argnums=(0, 1))(X, W))

@@ -42,7 +42,8 @@ def test_values_may_follow_a_space_and_hyphens_do():
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_json_brings_a_configuration_back(model, recipe):
-    config = parse([f"--model={model}", f"--recipe={recipe}", "--optimizer.clip_norm=None"])
+    flags = [f"--model={model}", f"--recipe={recipe}", "--optimizer.clip_norm=None"]
+    config = parse([*flags, "--backend=xla"])
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -57,6 +58,7 @@ def test_json_brings_a_configuration_back(model, recipe):
         (["extra"], "unknown argument 'extra'; see python -m train.main --help"),
         (["--steps=many"], "--steps: invalid literal for int() with base 10: 'many'"),
         (["--lr"], "Missing value for argument '--lr'"),
+        (["--backend=gpu"], "invalid choice 'gpu' for argument '--backend'. Expected one of"),
         (["--model.dtype=float16"], "Expected one of ('bfloat16', 'float32')"),
         (["--recipe.x_format=e9m9"], "invalid choice 'e9m9' for argument '--recipe.x_format'"),
         (["--model.num_heads=3"], "embed_dim=256 and num_heads=3; expected an even number"),

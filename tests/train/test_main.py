@@ -15,9 +15,12 @@ import pytest
 import tokenizers
 from tiny_run import TINY, lines_of, one_error
 
+from jfp4.ops import ffi
 from train import loop, metrics, prepare
 from train.batches import batches
 from train.checkpoint import Checkpoints
+from train.errors import UserError
+from train.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +54,7 @@ def refuses(runs, elsewhere, capsys):
         ("--sead=1", "unknown argument '--sead=1'; did you mean --seed or --steps?"),
         ("--lr=fast", "--lr: could not convert string to float: 'fast'; see"),
         ("--steps=0", "steps=0; expected a positive number"),
+        ("--backend=gpu", "invalid choice 'gpu' for argument '--backend'"),
         ("--model.num_kv_heads=3", "expected the second to divide the first"),
     ],
 )
@@ -124,6 +128,27 @@ def test_a_directory_that_holds_a_run(runs, unbroken, text, capsys):
     error = one_error(capsys)
     assert "holds a run with another configuration: model.mlp_dim (64, now 32), seed (0" in error
     assert sorted(unbroken.rglob("*")) == before
+
+
+def test_a_back_end_that_is_missing(refuses, text):
+    if not ffi.missing("cuda"):
+        pytest.skip("there is a GPU, and its kernels")
+    error = refuses(*tiny(text), "--backend=cuda")
+    assert f"the backend asked for, 'cuda', is missing: {ffi.missing('cuda')}" in error
+
+
+def test_says_what_computes_before_it_compiles(elsewhere, text, capsys, monkeypatch):
+    def stop(trainer):
+        raise UserError("stopped")
+
+    monkeypatch.setattr("train.plan.make_plan", stop)
+    for flags, first in (
+        (["--backend=xla"], "quantize, thresholds, gemm, packed_gemm by xla (asked for)"),
+        ([], str(ffi.backends())),
+        (["--recipe=bf16"], "llama5m in bf16: compiling"),
+    ):
+        assert main(tiny(text, *flags)) == 2
+        assert capsys.readouterr().err.splitlines()[0].endswith(first)
 
 
 def test_nothing_to_resume(refuses):
