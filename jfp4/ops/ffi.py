@@ -86,7 +86,7 @@ def missing(path: Literal["host", "cuda"]) -> str:
 
 def _missing_cuda() -> str:
     if "cuda" not in _platforms:
-        return "jfp4._kernels was built without a CUDA compiler"
+        return "jfp4._kernels was built without a CUDA compiler (12.5 or newer)"
     return _unfit_devices()
 
 
