@@ -20,16 +20,23 @@ struct GemmCall {
         .template Arg<Buffer>()  // u: f32 [..., m, rank]
         .template Arg<Buffer>()  // v: f32 [..., rank, n]
         .template Arg<Buffer>()  // bias: f32 [..., n], or absent
+        .template Arg<Buffer>()  // slope_w: [..., m, n], or absent
+        .template Arg<Buffer>()  // slope_scale: f32 [..., 1, n or 1]
         .template Ret<Buffer>()  // y: [..., m, n]
-        .template Attr<bool>("promote");
+        .template Attr<bool>("promote")
+        .template Attr<float>("slope_k")
+        .template Attr<float>("slope_cap");
   }
 
   static ffi::ErrorOr<Gemm> Read(Buffer a, Buffer a_scale, Buffer b, Buffer b_scale, Buffer u,
-                                 Buffer v, Buffer bias, Output y, bool promote);
+                                 Buffer v, Buffer bias, Buffer slope_w, Buffer slope_scale,
+                                 Output y, bool promote, float slope_k, float slope_cap);
 };
 
 inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buffer b_scale,
-                                         Buffer u, Buffer v, Buffer bias, Output y, bool promote) {
+                                         Buffer u, Buffer v, Buffer bias, Buffer slope_w,
+                                         Buffer slope_scale, Output y, bool promote, float slope_k,
+                                         float slope_cap) {
   Checker check("a", a, 2);
   Gemm args{};
   args.batch = check.batch();
@@ -52,6 +59,17 @@ inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buf
   args.u = check.Take<float>("u", u, ffi::F32, {args.m, args.rank});
   args.v = check.Take<float>("v", v, ffi::F32, {args.rank, args.n});
   args.bias = check.TakeIfPresent<float>("bias", bias, ffi::F32, args.n);
+  Slope& slope = args.slope;
+  slope.type = check.FloatType("slope_w", slope_w);
+  slope.w = check.TakeIfPresent<void>("slope_w", slope_w, slope_w.element_type(), args.m, args.n);
+  slope.scale_size = check.Last(slope_scale, 2, 1) == 1 ? 1 : args.n;
+  slope.scale = check.Take<float>("slope_scale", slope_scale, ffi::F32, {1, slope.scale_size});
+  slope.k = slope_k;
+  slope.cap = slope_cap;
+  if (slope.w != nullptr && !(slope_k > 1 && slope_cap > 0)) {
+    check.Refuse("slope_k is " + std::to_string(slope_k) + " and slope_cap " +
+                 std::to_string(slope_cap) + "; expected them above 1 and 0");
+  }
   args.out_type = check.FloatType("y", *y);
   args.y = check.Take<void>("y", *y, y->element_type(), {args.m, args.n});
   args.promote = promote;

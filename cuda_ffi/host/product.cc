@@ -146,6 +146,15 @@ struct Epilogue {
     if (g.bias != nullptr) {
       for (int64_t c = 0; c < count; ++c) sums[c] += g.bias[batch * g.n + col + c];
     }
+    if (g.slope.w != nullptr) {
+      const float* scale = g.slope.scale + batch * g.slope.scale_size;
+      for (int64_t c = 0; c < count; ++c) {
+        float w;
+        Load(g.slope.w, g.slope.type, (batch * g.m + row) * g.n + col + c, 1, &w);
+        const float inverse = 1 / scale[g.slope.scale_size == 1 ? 0 : col + c];
+        sums[c] *= SlopeAt(w * inverse, g.slope.k, g.slope.cap);
+      }
+    }
     Store(sums, count, g.out_type, g.y, (batch * g.m + row) * g.n + col);
   }
 };

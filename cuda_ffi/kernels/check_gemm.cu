@@ -1,5 +1,6 @@
 // Checks the FP8 product without Python or XLA: every element of y against sums in double, bit for
-// bit, for E2M1 codes. Small enough for compute-sanitizer. Exit status 1 on a mismatch.
+// bit, for E2M1 codes; times the slope, to within its error. Small enough for compute-sanitizer.
+// Exit status 1 on a mismatch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -16,11 +17,14 @@ namespace {
 
 using namespace jfp4;
 
+constexpr float kSlopeK = 5, kSlopeCap = 3;
+
 struct Case {
   int batch, m, n, k;
   DType out;
   bool a_e5m2, b_e5m2, promote, row_scales, bias;
   int rank;
+  bool slope = false;
 };
 
 void Require(cudaError_t status, const char* what) {
@@ -72,7 +76,9 @@ bool Check(const Case& c) {
   const auto a_scale = Scales(c.row_scales ? bm : c.batch, random);
   const auto b_scale = Scales(c.row_scales ? bn : c.batch, random);
   const auto u = Scales(bm * c.rank, random), v = Scales(bn * c.rank, random);
-  const auto bias = Scales(bn, random);
+  const auto bias = Scales(bn, random), slope_scale = Scales(bn, random);
+  std::vector<float> w(bm * c.n);
+  for (float& x : w) x = std::normal_distribution<float>(0, 4)(random);
   const int width = c.out == DType::kF32 ? 4 : 2;
   std::vector<uint8_t> y(bm * c.n * width);
   Gemm g{c.batch,
@@ -91,6 +97,8 @@ bool Check(const Case& c) {
          ToDevice(v),
          c.rank,
          c.bias ? ToDevice(bias) : nullptr,
+         {c.slope ? ToDevice(w) : nullptr, DType::kF32, ToDevice(slope_scale), c.n, kSlopeK,
+          kSlopeCap},
          ToDevice(y),
          c.out,
          c.promote};
@@ -112,6 +120,13 @@ bool Check(const Case& c) {
           want += u[row * c.rank + r] * v[(size_t(batch) * c.rank + r) * c.n + j];
         }
         if (c.bias) want += bias[col];
+        if (c.slope) {
+          // Not the same logarithm: to within what slope.h says, and two roundings.
+          want *= SlopeAt(w[row * c.n + j] * (1 / slope_scale[col]), kSlopeK, kSlopeCap);
+          float got;
+          std::memcpy(&got, &y[(row * c.n + j) * width], sizeof(got));
+          if (std::fabs(got - want) <= 0x1.2p-20 * std::fabs(want)) continue;
+        }
         uint32_t want_bits = 0, got_bits = 0;
         if (c.out == DType::kF32) {
           std::memcpy(&want_bits, &want, 4);
@@ -130,12 +145,14 @@ bool Check(const Case& c) {
     }
   }
   std::printf(
-      "%s gemm batch=%d m=%d n=%d k=%d out=%d a_e5m2=%d b_e5m2=%d promote=%d rank=%d: %zu\n",
+      "%s gemm batch=%d m=%d n=%d k=%d out=%d a_e5m2=%d b_e5m2=%d promote=%d rank=%d slope=%d: "
+      "%zu\n",
       wrong ? "MISMATCH" : "ok", c.batch, c.m, c.n, c.k, int(c.out), c.a_e5m2, c.b_e5m2, c.promote,
-      c.rank, wrong);
+      c.rank, c.slope, wrong);
   for (const void* p :
        {(const void*)g.a, (const void*)g.b, (const void*)g.a_scale, (const void*)g.b_scale,
-        (const void*)g.u, (const void*)g.v, (const void*)g.bias, (const void*)g.y}) {
+        (const void*)g.u, (const void*)g.v, (const void*)g.bias, g.slope.w,
+        (const void*)g.slope.scale, (const void*)g.y}) {
     cudaFree(const_cast<void*>(p));
   }
   return wrong == 0;
@@ -153,6 +170,8 @@ int main() {
     for (auto [m, n, k] : kShapes) {
       ok &= Check({1, m, n, k, kOut[i % 3], false, false, promote, i % 2 == 0, i % 3 == 0, i % 3});
       ok &= Check({2, m, n, k, kOut[(i + 1) % 3], i % 2 == 0, i % 2 == 1, promote, true, true, 0});
+      if (m > 1)
+        ok &= Check({2, m, n, k, DType::kF32, false, false, promote, true, false, 0, true});
       ++i;
     }
   }

@@ -10,6 +10,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda_ffi/kernels/element.cuh"
 #include "cuda_ffi/kernels/gemm.h"
 #include "cuda_ffi/kernels/hopper.cuh"
 #include "cuda_ffi/kernels/wgmma.cuh"
@@ -64,6 +65,7 @@ struct Params {
   const float* v;
   int rank;
   const float* bias;
+  Slope slope;
   void* y;
   DType out_type;
   bool bulk_store;  // whether y's rows are multiples of 16 bytes, as the copy engine wants them
@@ -110,6 +112,9 @@ struct Schedule {
             index / band_rows * kBlockN};
   }
 };
+
+template <DType kType>
+using Type = std::integral_constant<DType, kType>;
 
 // The accumulators of 64 rows and all columns of a tile, over a warpgroup.
 using Sums = float[kBlockN / 2];
@@ -186,6 +191,59 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
         sum = __fadd_rn(sum, __fmul_rn(of_row[r], value));
       }
     });
+  }
+}
+
+// Columns `first` and `second` of the row that starts at `row`. Where pairs are aligned, that is
+// one load: `first` is even, or both are the last column and not used.
+template <DType kType>
+__device__ __forceinline__ float2 LoadPair(const void* w, int64_t row, int first, int second,
+                                           bool aligned) {
+  if (!aligned) return {LoadElement(w, kType, row + first), LoadElement(w, kType, row + second)};
+  const int64_t pair = (row + first) / 2;
+  if constexpr (kType == DType::kF32) {
+    return static_cast<const float2*>(w)[pair];
+  } else {
+    const uint32_t word = static_cast<const uint32_t*>(w)[pair];
+    return {Word<kType>::Get(word, 0), Word<kType>::Get(word, 1)};
+  }
+}
+
+// Multiplies by the estimator's slope; indices as in Finish.
+template <DType kType, int kHalves>
+__device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int row, int col,
+                                                Sums (&sums)[kHalves]) {
+  constexpr int kRows = 2 * kHalves;
+  constexpr int kInFlight = 4;  // column pairs whose loads go out together
+  const Slope& slope = p.slope;
+  // Pairs that lie past an edge are read inside it and multiply what is not stored.
+  const bool aligned = p.n % 2 == 0 && reinterpret_cast<uintptr_t>(slope.w) % sizeof(float2) == 0;
+  const float* scales = slope.scale + batch * slope.scale_size;
+#pragma unroll
+  for (int first = 0; first < kBlockN / 8; first += kInFlight) {
+    float2 w[kInFlight][kRows], inverse[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int x = min(col + 8 * (first + i), p.n - 1), y = min(x + 1, p.n - 1);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t in_range = min(row + r / 2 * kWgmmaM + r % 2 * 8, p.m - 1);
+        w[i][r] = LoadPair<kType>(slope.w, (int64_t{batch} * p.m + in_range) * p.n, x, y, aligned);
+      }
+      const bool single = slope.scale_size == 1;
+      inverse[i] = {__frcp_rn(scales[single ? 0 : x]), __frcp_rn(scales[single ? 0 : y])};
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float* pair = sums[r / 2] + 4 * (first + i) + r % 2 * 2;
+        const float2 v = {__fmul_rn(w[i][r].x, inverse[i].x), __fmul_rn(w[i][r].y, inverse[i].y)};
+        pair[0] = __fmul_rn(pair[0], SlopeAt(v.x, slope.k, slope.cap));
+        pair[1] = __fmul_rn(pair[1], SlopeAt(v.y, slope.k, slope.cap));
+      }
+    }
+    asm volatile("" : "+r"(col)::"memory");  // keeps the next loads out of these registers
   }
 }
 
@@ -382,7 +440,16 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         // Over the steps of the other warpgroup's tile.
         ring.Advance((kTurns - 1) * k_blocks);
       }
-      Finish(p, tile.batch, tile.row + block_row + warp_row, tile.col + 2 * (lane % 4), sums);
+      const int row = tile.row + block_row + warp_row, col = tile.col + 2 * (lane % 4);
+      Finish(p, tile.batch, row, col, sums);
+      if (p.slope.w != nullptr) {
+        auto multiply = [&](auto type) {
+          MultiplyBySlope<decltype(type)::value>(p, tile.batch, row, col, sums);
+        };
+        if (p.slope.type == DType::kBF16) multiply(Type<DType::kBF16>());
+        if (p.slope.type == DType::kF16) multiply(Type<DType::kF16>());
+        if (p.slope.type == DType::kF32) multiply(Type<DType::kF32>());
+      }
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         auto store = [&](auto element) {
@@ -418,6 +485,7 @@ cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
       g.v,
       static_cast<int>(g.rank),
       g.bias,
+      g.slope,
       g.y,
       g.out_type,
       g.n * OutBytes(g.out_type) % 16 == 0 && reinterpret_cast<uintptr_t>(g.y) % 16 == 0};

@@ -34,7 +34,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm")
 """What has kernels."""
 
-INTERFACE = 1
+INTERFACE = 2
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -365,10 +365,11 @@ def gemm(
     u: Float32[Array, "*b m r"] | None = None,
     v: Float32[Array, "*b r n"] | None = None,
     bias: Float32[Array, "*b n"] | None = None,
+    slope: tuple[Float[Array, "*b m n"], Float32[Array, "*b 1 #n"], float, float] | None = None,
     out_dtype: jax.typing.DTypeLike,
     promote: bool = False,
 ) -> Float[Array, "*b m n"]:
-    """``(a b^T) * a_scale * b_scale + u v + bias``, rounded once to ``out_dtype``.
+    """``((a b^T) * a_scale * b_scale + u v + bias) * slope``, rounded once to ``out_dtype``.
 
     Where k is not a multiple of ``ROW_BYTES`` the codes are padded with zeros, which is exact and
     costs a copy of each.
@@ -381,6 +382,8 @@ def gemm(
         u: with ``v``, a product of low rank in float32.
         v: see ``u``.
         bias: added to every row.
+        slope: a weight in bfloat16, float16 or float32 and its scales, for E2M1, with the
+            estimator's steepness, above 1, and cap.
         out_dtype: bfloat16, float16 or float32.
         promote: add up every 128 products along k in float32 registers.
     """
@@ -390,8 +393,21 @@ def gemm(
     v = jnp.zeros((*batch, 0, n), jnp.float32) if v is None else v
     bias = jnp.zeros((*batch, 0), jnp.float32) if bias is None else bias
     a, b = (_pad_last(codes, ROW_BYTES) for codes in (a, b))
+    if slope is None:
+        slope = (
+            jnp.zeros((*batch, m, 0), jnp.float32),
+            jnp.ones((*batch, 1, 1), jnp.float32),
+            0,
+            0,
+        )
+    w, w_scale, k, cap = slope
     y = jax.ShapeDtypeStruct((*batch, m, n), out_dtype)
-    return _call("jfp4_gemm", y)(a, a_scale, b, b_scale, u, v, bias, promote=promote)
+    return _call("jfp4_gemm", y)(
+        *(a, a_scale, b, b_scale, u, v, bias, w, w_scale),
+        promote=promote,
+        slope_k=np.float32(k),
+        slope_cap=np.float32(cap),
+    )
 
 
 def packed_gemm(

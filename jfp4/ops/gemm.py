@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,41 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32
 
 from jfp4.formats import FORMATS, Format, get_format
-from jfp4.ops import ffi
+from jfp4.ops import dge, ffi
 from jfp4.qtensor import PackedQTensor, QTensor
 
 _E5M2 = FORMATS["e5m2"].dtype
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slope:
+    """The gradient estimator's slope at ``w / scale``, for a product to be multiplied by.
+
+    Attributes:
+        w: the weight before rounding, [m, n]; any shift taken off.
+        scale: that of its codes, [1, n] or [1, 1].
+        format: the codes' format.
+        k: steepness, at least 1.
+        cap: upper bound of the slope.
+    """
+
+    w: Float[Array, "m n"]
+    scale: Float32[Array, "1 #n"]
+    format: str = dataclasses.field(metadata={"static": True})
+    k: float = dataclasses.field(metadata={"static": True})
+    cap: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self) -> Float32[Array, "m n"]:
+        """The slope by itself; see ``jfp4.ops.dge.derivative``."""
+        v = self.w.astype(jnp.float32) * (1 / self.scale)
+        return dge.derivative(v, self.format, k=self.k, cap=self.cap)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel can have it for an epilogue: k = 1 is a constant, better folded."""
+        return self.format == "e2m1" and self.k > 1 and self.w.dtype in _KERNEL_DTYPES
 
 
 def gemm(
@@ -23,6 +54,7 @@ def gemm(
     b: QTensor | PackedQTensor,
     *,
     bias: Float[Array, " n"] | None = None,
+    slope: Slope | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.float32,
     promote: bool = False,
 ) -> Float[Array, "m n"]:
@@ -38,6 +70,8 @@ def gemm(
             operands are packed, kernels multiply them as they are, unless ``promote`` is set;
             whatever else is packed is unpacked first.
         bias: added to every row.
+        slope: multiplies the result, in float32 before the cast: a weight's gradient by the
+            estimator's slope. GPUs' kernels have it to within ``2**-20`` of its size.
         out_dtype: dtype of the result.
         promote: on GPUs, add up every 128 products along k in float32, where tensor cores keep
             fewer bits; without effect where sums are exact anyway.
@@ -53,27 +87,28 @@ def gemm(
     """
     _check_operands(a, b, bias)
     bias = None if bias is None else bias.astype(jnp.float32)
-    if isinstance(a, PackedQTensor) and isinstance(b, PackedQTensor) and not promote:
+    plain = not promote and slope is None
+    if isinstance(a, PackedQTensor) and isinstance(b, PackedQTensor) and plain:
         return _packed_gemm(a, b, bias, out_dtype)
     a, b = (q.unpack() if isinstance(q, PackedQTensor) else q for q in (a, b))
     fa, fb = get_format(a.format), get_format(b.format)
     u, v = _shift_terms(a, b)
 
-    def xla(
-        a_codes: Array, a_scale: Array, b_codes: Array, b_scale: Array, *added: Array | None
-    ) -> Array:
-        u, v, bias = added
+    def xla(a_codes: Array, a_scale: Array, b_codes: Array, b_scale: Array, *added: Any) -> Array:
+        u, v, bias, slope = added
         y = _sums(a_codes, b_codes, fa, fb) * a_scale * b_scale
         if u is not None and v is not None:
             y = y + jnp.matmul(u, v, precision=lax.Precision.HIGHEST)
         if bias is not None:
             y = y + bias
+        if slope is not None:
+            y = y * slope()
         return y.astype(out_dtype)
 
     def kernel(
-        a_codes: Array, a_scale: Array, b_codes: Array, b_scale: Array, *added: Array | None
+        a_codes: Array, a_scale: Array, b_codes: Array, b_scale: Array, *added: Any
     ) -> Array:
-        u, v, bias = added
+        u, v, bias, slope = added
         return ffi.gemm(
             a_codes.astype(fa.dtype),
             a_scale,
@@ -82,11 +117,15 @@ def gemm(
             u=u,
             v=v,
             bias=bias,
+            slope=None if slope is None else (slope.w, slope.scale, slope.k, slope.cap),
             out_dtype=out_dtype,
             promote=promote,
         )
 
-    operands = (a.codes, a.scale, b.codes, b.scale, u, v, bias)
+    if slope is not None and not slope.has_kernel:
+        y = gemm(a, b, bias=bias, promote=promote)
+        return (y * slope()).astype(out_dtype)
+    operands = (a.codes, a.scale, b.codes, b.scale, u, v, bias, slope)
     # Tensor cores multiply no E5M2 by E5M2.
     served = _kernels_take(a.codes, b.codes, out_dtype) and not fa.dtype == fb.dtype == _E5M2
     return ffi.dispatch(kernel, xla, *operands) if served else xla(*operands)

@@ -20,9 +20,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from jfp4.ops import dge
 from jfp4.ops.calibration import Calibration, calibrate
-from jfp4.ops.gemm import gemm
+from jfp4.ops.gemm import Slope, gemm
 from jfp4.ops.outliers import clamp, quantize_compensated, quantize_compensated_both
 from jfp4.ops.quantize import (
     check_float,
@@ -178,18 +177,14 @@ def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, .
     for_dgrad, for_wgrad = _fold_and_quantize(recipe, dy, xq_t, wq)
     dy = dy.astype(jnp.float32)
     dx = _dgrad(dy, for_dgrad, wq, x_like.dtype)
-    # What the slope still multiplies is not rounded before.
-    dw_dtype = w.dtype if recipe.dge_k is None else jnp.float32
-    dw = _wgrad(dy, for_wgrad, xq_t, residual, dw_dtype)
+    slope = None
     if recipe.dge_k is not None:
-        centred = w.astype(jnp.float32) - (0 if wq.shift is None else wq.shift)
-        # The slope is of the weight BEFORE rounding; on its codes it would be a constant.
-        slope = dge.derivative(
-            centred * (1 / wq.scale), wq.format, k=recipe.dge_k, cap=recipe.dge_cap
-        )
-        dw = dw * slope
+        # Of the weight BEFORE rounding: on its codes the slope would be a constant.
+        centred = w if wq.shift is None else w.astype(jnp.float32) - wq.shift
+        slope = Slope(centred, wq.scale, wq.format, recipe.dge_k, recipe.dge_cap)
+    dw = _wgrad(dy, for_wgrad, xq_t, residual, slope, w.dtype)
     dbias = None if bias_like is None else jnp.sum(dy, axis=0).astype(bias_like.dtype)
-    return dx, dw.astype(w.dtype), dbias, jax.tree.map(jnp.zeros_like, calibration)
+    return dx, dw, dbias, jax.tree.map(jnp.zeros_like, calibration)
 
 
 _linear.defvjp(_fprop, _backward)
@@ -221,10 +216,11 @@ def _wgrad(
     folded: QTensor | Array,
     xq_t: QTensor,
     residual: Array | None,
+    slope: Slope | None,
     dtype: Any,
 ) -> Float[Array, "k n"]:
     if xq_t.shift is None and residual is None:
-        return _gradient_product(xq_t.unscaled(), folded, dtype)
+        return _gradient_product(xq_t.unscaled(), folded, dtype, slope)
     dw = _gradient_product(xq_t.unscaled(), folded, jnp.float32)
     if xq_t.shift is not None:
         if xq_t.shift.shape[0] == 1:  # a number a token: the same for every k
@@ -233,15 +229,18 @@ def _wgrad(
             dw = dw + xq_t.shift * jnp.sum(dy, axis=0, keepdims=True)
     if residual is not None:
         dw = dw + _matmul(residual.T, dy)
-    return dw.astype(dtype)
+    return (dw if slope is None else dw * slope()).astype(dtype)
 
 
-def _gradient_product(a: QTensor | Array, b: QTensor | Array, dtype: Any) -> Array:
+def _gradient_product(
+    a: QTensor | Array, b: QTensor | Array, dtype: Any, slope: Slope | None = None
+) -> Array:
     """The product of codes; or in bfloat16, where the gradient is not quantised."""
     if isinstance(a, QTensor) and isinstance(b, QTensor):
-        return gemm(a, b, out_dtype=dtype)
+        return gemm(a, b, slope=slope, out_dtype=dtype)
     a, b = (v.codes if isinstance(v, QTensor) else v for v in (a, b))
-    return _bfloat16_matmul(a, b).astype(dtype)
+    y = _bfloat16_matmul(a, b)
+    return (y if slope is None else y * slope()).astype(dtype)
 
 
 def _bfloat16_matmul(a: Array, b: Array) -> Array:

@@ -10,7 +10,7 @@ import pytest
 
 import jfp4
 from jfp4.formats import FORMATS
-from jfp4.ops import ffi
+from jfp4.ops import ffi, gemm
 from jfp4.ops import reference as ref
 from jfp4.qtensor import QTensor
 
@@ -149,6 +149,35 @@ def test_epilogue_is_float32_in_order(backend, poisoned, axes, with_bias, dtype)
     for y in results:
         assert y.dtype == dtype
         np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("w_axis", [0, None], ids=["by channel", "by tensor"])
+@pytest.mark.parametrize("size", [(130, 258), (3, 1), (1, 127), (256, 512)], ids=str)
+def test_the_slope_multiplies_before_the_cast(backend, poisoned, size, w_axis, dtype):
+    m, n = size
+    a, b = pair(m, 160, n)
+    random = np.random.default_rng(9)
+    w = jnp.asarray(random.normal(size=(m, n)), dtype)
+    # Past the format's maximum, and exactly on the grid and its middles, as well.
+    scale = np.float32(random.uniform(0.05, 0.5, size=(1, n if w_axis == 0 else 1)))
+    w = w.at[0, :].set(jnp.asarray(np.linspace(-8, 8, n) * scale[0], dtype))
+    slope = gemm.Slope(w, jnp.asarray(scale), "e2m1", 5.0, 3.0)
+    v = np.asarray(w, np.float32) * (np.float32(1) / scale)
+    exact = scaled(exact_sums(a, b), a, b) * ref.dge_derivative(v, "e2m1", k=5, cap=3)
+    # The slope is within 2**-20 of itself; then one product and one cast are rounded.
+    tolerance = (2.0**-20 + U + float(jnp.finfo(dtype).eps) / 2) * np.abs(exact)
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    for y in poisoned(lambda a, b: jfp4.gemm(a, b, slope=slope, out_dtype=dtype), a, b):
+        assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= tolerance + tiny)
+
+
+def test_a_weight_that_is_nan_has_no_slope(backend):
+    a, b = pair(16, 64, 24)
+    w = jnp.ones((16, 24)).at[3, 5].set(jnp.nan)
+    slope = gemm.Slope(w, jnp.ones((1, 24)), "e2m1", 5.0, 3.0)
+    y = jax.jit(lambda a, b: jfp4.gemm(a, b, slope=slope))(a, b)
+    assert np.argwhere(np.isnan(y)).tolist() == [[3, 5]]
 
 
 @pytest.mark.parametrize("shifted", ["a", "b", "both"])
