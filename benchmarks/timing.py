@@ -63,18 +63,31 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A kernel or a copy on the device, in nanoseconds of the trace."""
+    """A kernel or a copy on the device, in nanoseconds of the trace.
+
+    Attributes:
+        start: when it began.
+        end: when it ended.
+        name: the kernel's.
+        op: the instruction of the compiled program that launched it, where the trace says.
+    """
 
     start: float
     end: float
     name: str
+    op: str = ""
 
 
 # --------------------------------------------------------------------------------- measuring
 
 
 def measure(
-    sides: Mapping[str, Side], *, calls: int = 6, rounds: int = 5, wall: bool = True
+    sides: Mapping[str, Side],
+    *,
+    calls: int = 6,
+    rounds: int = 5,
+    wall: bool = True,
+    label: Callable[[str, Event], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Times every side, by turns, so that a drift of the clocks hits all alike.
 
@@ -83,11 +96,13 @@ def measure(
         calls: calls in a row of one side.
         rounds: turns of each side.
         wall: also times back-to-back calls on the host.
+        label: names the part of a side's work that an event belongs to.
 
     Returns:
         By side: ``ms``, the median over all calls of the time from a call's first kernel to the
         end of its last; ``spread``, the distance of the quartiles as a share of it; ``busy_ms``,
-        the time within kernels; ``wall_ms``; and ``kernels``, milliseconds a call by kernel name.
+        the time within kernels; ``wall_ms``; ``kernels``, milliseconds a call by kernel name; and
+        ``parts``, the same by label.
         Without a usable trace, ``ms`` is ``wall_ms``; ``clock`` says which it was.
     """
     for side in sides.values():
@@ -104,6 +119,10 @@ def measure(
     results = {}
     for i, name in enumerate(sides):
         results[name] = summary(*split(windows[i :: len(sides)], calls))
+        if label is not None:
+            events = [event for window in windows[i :: len(sides)] for event in window]
+            parts = [(label(name, event), event) for event in events]
+            results[name]["parts"] = _milliseconds(parts, rounds * calls)
         if name in walls:
             results[name]["wall_ms"] = 1e3 * walls[name]
     return results
@@ -112,9 +131,7 @@ def measure(
 def summary(groups: Sequence[list[Event]], calls: int) -> dict[str, Any]:
     """Numbers of one side, from groups of events that stand for ``calls`` calls each."""
     spans = [1e-6 * (max(e.end for e in group) - group[0].start) / calls for group in groups]
-    kernels: dict[str, float] = collections.defaultdict(float)
-    for event in (event for group in groups for event in group):
-        kernels[event.name] += 1e-6 * (event.end - event.start) / (len(groups) * calls)
+    kernels = _milliseconds(((e.name, e) for group in groups for e in group), len(groups) * calls)
     ms = statistics.median(spans)
     low, _, high = statistics.quantiles(spans, n=4)
     return {
@@ -122,8 +139,16 @@ def summary(groups: Sequence[list[Event]], calls: int) -> dict[str, Any]:
         "spread": (high - low) / ms,
         "clock": "trace" if calls == 1 else "trace, gaps between calls included",
         "busy_ms": sum(kernels.values()),
-        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])),
+        "kernels": kernels,
     }
+
+
+def _milliseconds(events: Iterable[tuple[str, Event]], calls: int) -> dict[str, float]:
+    """Milliseconds a call by name, most first."""
+    total: dict[str, float] = collections.defaultdict(float)
+    for name, event in events:
+        total[name] += 1e-6 * (event.end - event.start) / calls
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 class NoTrace(Exception):
@@ -160,7 +185,8 @@ def assign(
         for lane in plane.lines:
             if plane.name.startswith(device) and lane.name.startswith(line):
                 events += [
-                    Event(e.start_ns, e.start_ns + e.duration_ns, e.name) for e in lane.events
+                    Event(e.start_ns, e.start_ns + e.duration_ns, e.name, _op(e))
+                    for e in lane.events
                 ]
             elif plane.name.startswith("/host"):
                 for e in lane.events:
@@ -179,6 +205,10 @@ def assign(
         )
         raise NoTrace(f"{len(events)} events do not fill {count} windows; the trace has {planes}")
     return found
+
+
+def _op(event: Any) -> str:
+    return next((str(value) for name, value in event.stats if name == "hlo_op"), "")
 
 
 def split(windows: Sequence[list[Event]], calls: int) -> tuple[list[list[Event]], int]:

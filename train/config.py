@@ -155,6 +155,9 @@ class TrainConfig:
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the last checkpoint in run_dir."""
 
+    profile: int = 0
+    """Steps to trace into run_dir/profile, for TensorBoard or Perfetto, once the first are done."""
+
     plan: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only say what memory the run takes; exit 0 if it fits the device, 2 if not."""
 
@@ -172,6 +175,7 @@ class TrainConfig:
         _require(self.data != "", "data", "''", '"pystdlib" or a path')
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")
+        _require(self.profile >= 0, "profile", self.profile, ">= 0")
         _require(self.lr > 0, "lr", self.lr, "> 0")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "0 <= seed < 2**31")
         accumulation = self.optimizer.accumulation

@@ -21,6 +21,7 @@ from train.data import Corpus
 from train.errors import UserError
 from train.metrics import ProgressLine, RunLog
 from train.plan import peak_bytes
+from train.profile import Profile
 from train.step import Trainer, TrainState
 
 
@@ -87,6 +88,7 @@ class _Run:
         self.checkpoints, self.log, self.line = checkpoints, log, line
         self.eval_fn = jax.jit(trainer.evaluate)
         self.health_fn = jax.jit(trainer.health)
+        self.profile = Profile(run_dir / "profile", config.profile)
         self.valid_loss: float | None = None
 
     def go(self, state: TrainState, step_fn: Compiled) -> Outcome:
@@ -104,8 +106,10 @@ class _Run:
         with _interrupts() as interrupted:
             while step < c.steps and not interrupted:
                 batch = next(data)
-                state, metrics = step_fn(state, batch)
+                with self.profile.named(step + 1):
+                    state, metrics = step_fn(state, batch)
                 step += 1
+                self._say_traced(self.profile.step(state))
                 pending.append((step, metrics))
                 evaluate = step % c.eval_every == 0 or step == c.steps
                 save = self._saves(step)
@@ -121,6 +125,7 @@ class _Run:
                     self.checkpoints.save(step, state)
                 if evaluate or save or measure:
                     clock = time.perf_counter()  # a step's time is the step's alone
+            self._say_traced(self.profile.end(state))
             stopped = bool(interrupted) and step < c.steps
             self._report(pending, clock, None)
             self.log.flush()
@@ -205,6 +210,10 @@ class _Run:
 
     def _health(self, state: TrainState, batch: Any) -> Any:
         return self.health_fn(state.params, state.stats, batch)
+
+    def _say_traced(self, steps: int) -> None:
+        if steps:
+            self.line.say(f"traced {steps} steps into {self.profile.folder}")
 
     def _plot(self) -> None:
         plot.save_loss_plot(

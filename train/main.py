@@ -1,6 +1,7 @@
 """``python -m train.main``: trains a Llama."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from pathlib import Path
 from jfp4.ops import ffi
 from train.config import PROGRAM, TrainConfig, default_run_dir, parse, report_error
 from train.errors import UserError
+
+COMPILATION_CACHE = Path("~/.cache/jfp4/xla").expanduser()
+"""Where what accelerators run is kept compiled; JAX_COMPILATION_CACHE_DIR chooses another place."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -35,6 +39,8 @@ def run(config: TrainConfig) -> int:
 
 def _run(config: TrainConfig) -> int:
     # Imported late, so that a mistyped flag is answered at once.
+    import jax
+
     from train import data, loop, plan, rundir
     from train.step import Trainer
 
@@ -43,6 +49,8 @@ def _run(config: TrainConfig) -> int:
         served = ffi.backends()
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from None
+    if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
     trainer = Trainer(config)
     if config.plan:
         planned, _ = plan.make_plan(trainer)

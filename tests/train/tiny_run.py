@@ -60,6 +60,7 @@ def _shared_trainer(config):
             eval_batches=1,
             resume=False,
             plan=False,
+            profile=0,
             optimizer=dataclasses.replace(config.optimizer, max_skipped=20),
             checkpoint=CheckpointConfig(),
             log=LogConfig(),

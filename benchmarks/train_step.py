@@ -1,0 +1,156 @@
+"""A train step at the width of the 7B and 13B models: BF16, FP8 and FP4 by turns.
+
+``python -m benchmarks.train_step`` writes results/train_step-DEVICE.json. The steps are the
+trainer's own, of models with the full width and a few layers, so that they fit without recomputing
+anything; where the time goes is read from the profiler's trace.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+
+from benchmarks.timing import Event, Log, Side, main, markdown, measure
+from jfp4.models.config import MODELS, LlamaConfig
+from jfp4.recipe import RECIPES as PRESETS
+from train.config import TrainConfig
+from train.step import Trainer
+
+SEQUENCES, LENGTH = 8, 2048
+LAYERS = 4
+RECIPES = ("bf16", "fp8", "fp4")
+REMAT: tuple[Literal["none", "codes", "full"], ...] = ("none", "codes", "full")
+
+PARTS: dict[str, str] = {
+    "optimizer": r"op:.*\boptimizer\b",
+    "attention": r"kernel:.*(fmha|flash|sdpa|cudnn)",
+    "quantise": r"kernel:.*(RowsKernel|TransposeKernel|ColumnAmaxKernel|TileKernel|"
+    r"ThresholdsKernel|Any\w*Kernel)",
+    "GeMM": r"kernel:.*(GemmKernel|gemm|nvjet|cutlass|cublas)",
+}
+"""Parts of a step, each by what its kernels are called or where in the program they come from; the
+first that matches counts."""
+
+
+def run(log: Log, quick: bool) -> dict[str, Any]:
+    """All recipes at both widths, with nothing recomputed and with each policy."""
+    steps = []
+    for model in ("llama13b", "llama7b"):
+        for remat in REMAT[: 1 if quick else None]:
+            line = log.attempt(f"{model}, remat {remat}", lambda: step_times(log, model, remat))  # noqa: B023
+            if line is not None:
+                steps.append(line)
+        if quick:
+            break
+    return {"steps": steps}
+
+
+def step_times(log: Log, model: str, remat: Literal["none", "codes", "full"]) -> dict[str, Any]:
+    """Times the recipes' steps by turns."""
+    llama = dataclasses.replace(MODELS[model], num_layers=LAYERS, remat=remat)
+    configs = {
+        recipe: TrainConfig(
+            model=model, recipe=recipe, batch_size=SEQUENCES, seq_len=LENGTH, steps=1000, lr=1e-4,
+            llama=llama, quantization=PRESETS[recipe],
+        )
+        for recipe in RECIPES
+    }  # fmt: skip
+    compiled = {recipe: _Step(config) for recipe, config in configs.items()}
+    times = measure(
+        {recipe: step.side for recipe, step in compiled.items()},
+        calls=2,
+        rounds=4,
+        wall=False,
+        label=lambda side, event: part_of(event, compiled[side].scopes),
+    )
+    flops, tokens = arithmetic(llama, LENGTH) * SEQUENCES * LENGTH, SEQUENCES * LENGTH
+    for recipe, result in times.items():
+        seconds = 1e-3 * result["ms"]
+        result |= {"tokens_per_s": tokens / seconds, "tflops": 1e-12 * flops / seconds}
+        result["temp_bytes"] = compiled[recipe].temp_bytes
+        shares = ", ".join(f"{k} {v:.1f}" for k, v in result["parts"].items())
+        log.say(
+            f"{model}, remat {remat}, {recipe}: {result['ms']:.1f} ms, {result['tflops']:.0f} "
+            f"TFLOP/s, {times['bf16']['ms'] / result['ms']:.2f}x BF16 ({shares})"
+        )
+    return {"model": model, "remat": remat, "layers": LAYERS, "tokens": tokens, "times": times}
+
+
+class _Step:
+    """A compiled step and its state, which every call replaces."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        trainer = Trainer(config)
+        batch = jax.random.randint(
+            jax.random.key(0), trainer.batch_shape().shape, 0, config.llama.vocab_size
+        )
+        state = jax.jit(trainer.init)()
+        step = jax.jit(trainer.step, donate_argnums=0).lower(state, batch).compile()
+        memory: Any = step.memory_analysis()
+        self.temp_bytes = int(memory.temp_size_in_bytes)
+        self.scopes = scopes_of(step.as_text() or "")
+
+        def call(_: int) -> Any:
+            nonlocal state
+            state, metrics = step(state, batch)
+            return metrics
+
+        self.side = Side(call)
+
+
+def scopes_of(hlo: str) -> dict[str, str]:
+    """By name of an instruction, the path of the program that it was compiled from."""
+    found = re.finditer(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name=\"([^\"]*)\"", hlo, re.M)
+    return {match[1]: match[2] for match in found}
+
+
+def part_of(event: Event, scopes: dict[str, str]) -> str:
+    """The part of a step that a kernel belongs to."""
+    text = f"op:{scopes.get(event.op, '')}\nkernel:{event.name}"
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, text)), "rest")
+
+
+def arithmetic(model: LlamaConfig, length: int) -> float:
+    """Floating-point operations a token of the model's own arithmetic, forward and backward.
+
+    Products only: a multiplication and an addition for each weight, once forward and twice
+    backward; the same for attention's two products, over the half of the positions that causality
+    leaves. What is recomputed does not count, nor does the embedding, which multiplies nothing.
+    """
+    d, heads = model.embed_dim, model.num_heads + 2 * model.num_kv_heads
+    layer = d * heads * model.head_dim + d * d + 3 * d * model.mlp_dim
+    weights = model.num_layers * layer + d * model.vocab_size
+    attention = model.num_layers * d * length
+    return 6.0 * (weights + attention)
+
+
+def table(results: dict[str, Any]) -> str:
+    """What is printed last."""
+    return markdown(HEAD, list(rows(results)))
+
+
+HEAD = (
+    "width", "remat", "recipe", "ms", "tokens/s", "TFLOP/s", "over BF16",
+    *PARTS, "rest", "temporary GiB",
+)  # fmt: skip
+
+
+def rows(results: dict[str, Any]) -> Iterable[list[str]]:
+    """A row a step: its speed, and the share of its time that each part takes."""
+    for line in results["steps"]:
+        for recipe, time in line["times"].items():
+            share = {part: ms / time["ms"] for part, ms in time["parts"].items()}
+            yield [
+                line["model"].removeprefix("llama").upper(), line["remat"], recipe,
+                f"{time['ms']:.1f}", f"{time['tokens_per_s']:,.0f}", f"{time['tflops']:.0f}",
+                f"{line['times']['bf16']['ms'] / time['ms']:.2f}x",
+                *(f"{share.get(part, 0):.0%}" for part in (*PARTS, "rest")),
+                f"{time['temp_bytes'] / 2**30:.1f}",
+            ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main("train_step", run, table))
