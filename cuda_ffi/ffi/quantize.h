@@ -67,7 +67,7 @@ struct QuantizeGradientCall {
         .template Ret<Buffer>()  // row_scale: f32 [..., m, 1]
         .template Ret<Buffer>()  // codes_t: [..., n, m]
         .template Ret<Buffer>()  // col_scale: f32 [..., 1, n]
-        .template Ret<Buffer>()  // amax: f32 [..., n], scratch
+        .template Ret<Buffer>()  // amax: f32 [..., m + n], scratch
         .template Attr<int32_t>("format");
   }
 
@@ -155,7 +155,7 @@ inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(Buffer dy, Buff
   args.row_scale = check.Take<float>("row_scale", *row_scale, ffi::F32, {m, 1});
   args.codes_t = check.Take<uint8_t>("codes_t", *codes_t, type, {n, m});
   args.col_scale = check.Take<float>("col_scale", *col_scale, ffi::F32, {1, n});
-  args.amax = check.Take<float>("amax", *amax, ffi::F32, {n});
+  args.amax = check.Take<float>("amax", *amax, ffi::F32, {m + n});
   return check.Finish(args);
 }
 

@@ -487,13 +487,12 @@ void CheckGradient(Group* group, const Setting& s, const Shape& shape, int kind,
   for (float& f : col_factor) f = uniform(rng);
   if (!row_factor.empty() && kind % 5 == 1) row_factor.back() = NAN;
   if (!col_factor.empty() && kind % 5 == 2) col_factor.back() = NAN;
-  const bool has_row_factor = kind % 4 != 3, has_col_factor = kind % 4 != 2;
 
   Floats by_row = x.values, by_col = x.values;
   for (size_t i = 0; i < by_row.size(); ++i) {
     const int64_t b = i / (rows * cols), r = i / cols, c = i % cols + b * cols;
-    if (has_col_factor) by_row[i] *= col_factor[c];
-    if (has_row_factor) by_col[i] *= row_factor[r];
+    by_row[i] *= col_factor[c];
+    by_col[i] *= row_factor[r];
   }
   Bytes codes, col_codes;
   Floats row_scale, col_scale;
@@ -503,33 +502,26 @@ void CheckGradient(Group* group, const Setting& s, const Shape& shape, int kind,
 
   const Buffer x_buffer(x.stored, aligned);
   const Buffer row_factor_buffer(BytesOf(row_factor)), col_factor_buffer(BytesOf(col_factor));
-  for (int outputs = 1; outputs < 4; ++outputs) {
-    const Buffer codes_buffer(codes.size(), aligned), codes_t_buffer(codes_t.size(), aligned);
-    const Buffer row_scale_buffer(row_scale.size() * 4), col_scale_buffer(col_scale.size() * 4);
-    const Buffer amax(col_scale.size() * 4);
-    const bool wants_row = outputs & 1, wants_col = outputs & 2;
-    Check(LaunchQuantizeGradient({{x_buffer.As<void>(), s.type, batch, rows, cols},
-                                  s.format,
-                                  has_col_factor ? col_factor_buffer.As<float>() : nullptr,
-                                  has_row_factor ? row_factor_buffer.As<float>() : nullptr,
-                                  wants_row ? codes_buffer.As<uint8_t>() : nullptr,
-                                  wants_row ? row_scale_buffer.As<float>() : nullptr,
-                                  wants_col ? codes_t_buffer.As<uint8_t>() : nullptr,
-                                  wants_col ? col_scale_buffer.As<float>() : nullptr,
-                                  amax.As<float>()},
-                                 nullptr),
-          "launch");
-    Check(cudaDeviceSynchronize(), "kernel");
-    const std::string what = Text(s) + " " + Text(shape) + " outputs " + std::to_string(outputs);
-    if (wants_row) {
-      group->Expect(row_scale_buffer, BytesOf(row_scale), what + " row_scale", 4);
-      group->Expect(codes_buffer, codes, what + " codes");
-    }
-    if (wants_col) {
-      group->Expect(col_scale_buffer, BytesOf(col_scale), what + " col_scale", 4);
-      group->Expect(codes_t_buffer, codes_t, what + " codes_t");
-    }
-  }
+  const Buffer codes_buffer(codes.size(), aligned), codes_t_buffer(codes_t.size(), aligned);
+  const Buffer row_scale_buffer(row_scale.size() * 4), col_scale_buffer(col_scale.size() * 4);
+  const Buffer amax((row_scale.size() + col_scale.size()) * 4);
+  Check(LaunchQuantizeGradient({{x_buffer.As<void>(), s.type, batch, rows, cols},
+                                s.format,
+                                col_factor_buffer.As<float>(),
+                                row_factor_buffer.As<float>(),
+                                codes_buffer.As<uint8_t>(),
+                                row_scale_buffer.As<float>(),
+                                codes_t_buffer.As<uint8_t>(),
+                                col_scale_buffer.As<float>(),
+                                amax.As<float>()},
+                               nullptr),
+        "launch");
+  Check(cudaDeviceSynchronize(), "kernel");
+  const std::string what = Text(s) + " " + Text(shape);
+  group->Expect(row_scale_buffer, BytesOf(row_scale), what + " row_scale", 4);
+  group->Expect(codes_buffer, codes, what + " codes");
+  group->Expect(col_scale_buffer, BytesOf(col_scale), what + " col_scale", 4);
+  group->Expect(codes_t_buffer, codes_t, what + " codes_t");
 }
 
 // An outlier whose product with the reciprocal of the scale is below 2^-126 but rounds to it: it is
@@ -822,24 +814,14 @@ void RunBench() {
   for (const int64_t n : {5120, 13824}) {
     const int64_t m = 16384;
     const Buffer factors(BytesOf(Floats(m + n, 0.01f)));
-    for (const int outputs : {1, 2, 3}) {
-      bench.Run(std::string("gradient e5m2") + (outputs == 1   ? " rows"
-                                                : outputs == 2 ? " columns"
-                                                               : ""),
-                DType::kBF16, m, n, m * n * (outputs == 3 ? 2 : 1),
-                [&](const QuantizeInput& in, uint8_t* out) {
-                  float* floats = tail(out, (outputs == 3 ? 2 : 1) * m * n);
-                  const bool wants_row = outputs & 1, wants_col = outputs & 2;
-                  return LaunchQuantizeGradient(
-                      {in, Format::kE5M2, factors.As<float>(), factors.As<float>(),
-                       wants_row ? out : nullptr, wants_row ? floats : nullptr,
-                       !wants_col  ? nullptr
-                       : wants_row ? out + m * n
-                                   : out,
-                       wants_col ? floats + m : nullptr, floats + m + n},
-                      nullptr);
-                });
-    }
+    bench.Run("gradient e5m2", DType::kBF16, m, n, m * n * 2,
+              [&](const QuantizeInput& in, uint8_t* out) {
+                float* floats = tail(out, 2 * m * n);
+                return LaunchQuantizeGradient(
+                    {in, Format::kE5M2, factors.As<float>(), factors.As<float>(), out, floats,
+                     out + m * n, floats + m, floats + m + n},
+                    nullptr);
+              });
   }
   for (const DType type : {DType::kBF16, DType::kF32}) {
     for (const int64_t k : {5120, 13824}) {

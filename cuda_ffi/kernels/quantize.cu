@@ -5,6 +5,7 @@
 //   TransposeKernel   the other layout of its codes.
 //   ColumnAmaxKernel  a scale a column, first pass: the largest magnitudes.
 //   TileKernel        a scale a column, second pass: the codes, transposed in tiles.
+//   Gradient...       a scale a row and one a column, each of its own product: the same two passes.
 //   Any...Kernel      the same for any shape, alignment, type and format, chosen at run time.
 #include <algorithm>
 #include <limits>
@@ -26,7 +27,7 @@ constexpr int kVectorBytes = 16;
 template <DType kType>
 constexpr int kPerVector = kVectorBytes / ElementBytes(kType);
 
-// Elements of one row that a thread of RowsKernel or GradientKernel holds.
+// Elements of one row that a thread of RowsKernel holds.
 constexpr int kHeld = 32;
 template <DType kType>
 constexpr int kVectorsHeld = kHeld / kPerVector<kType>;
@@ -181,27 +182,10 @@ __device__ __forceinline__ void StoreTransposed(const uint32_t* tile, int stride
 
 // --- a scale a row ---
 
-// The vector's elements times the columns' factors.
-template <DType kType>
-__device__ __forceinline__ void Multiply(const uint4& vector, const float* factors,
-                                         float (&out)[kPerVector<kType>]) {
-  Unpack<kType>(vector, out);
-#pragma unroll
-  for (int i = 0; i < kPerVector<kType>; i += 4) {
-    const float4 factor = __ldg(reinterpret_cast<const float4*>(factors + i));
-    out[i] = __fmul_rn(out[i], factor.x);
-    out[i + 1] = __fmul_rn(out[i + 1], factor.y);
-    out[i + 2] = __fmul_rn(out[i + 2], factor.z);
-    out[i + 3] = __fmul_rn(out[i + 3], factor.w);
-  }
-}
-
-// A block a row, which waits in registers for its scale. With kFactor it is multiplied by
-// col_factor, [batch, cols], first, and clipped not at all.
-template <DType kType, Format kFormat, Clip kClip, bool kFactor>
+// A block a row, which waits in registers for its scale.
+template <DType kType, Format kFormat, Clip kClip>
 __global__ void __launch_bounds__(kMaxThreads)
-    RowsKernel(const __grid_constant__ QuantizeRows args, const float* col_factor) {
-  static_assert(!kFactor || kClip == Clip::kNone);
+    RowsKernel(const __grid_constant__ QuantizeRows args) {
   constexpr int kElements = kPerVector<kType>, kVectors = kVectorsHeld<kType>;
   __shared__ uint32_t warp_amax[kMaxThreads / kWarp];
   const int64_t row = blockIdx.x, batch = row / args.in.rows;
@@ -216,27 +200,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   Limits limits = {};
   if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, batch);
-  float products[kFactor ? kVectors : 1][kElements];
-  uint32_t amax;
-  if constexpr (kFactor) {
-    float largest = 0;
+  Extremes<kType> extremes;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int vector = threadIdx.x + i * blockDim.x;
-      if (vector >= vectors) break;
-      const float* factors = col_factor + batch * args.in.cols + vector * kElements;
-      Multiply<kType>(held[i], factors, products[i]);
-#pragma unroll
-      for (const float product : products[i]) largest = MaxOrNaN(largest, fabsf(product));
-    }
-    amax = __float_as_uint(largest);
-  } else {
-    Extremes<kType> extremes;
-#pragma unroll
-    for (const uint4& vector : held) Include(extremes, vector);
-    amax = extremes.template Magnitude<kClip>(limits);
-  }
-  amax = WarpMax(amax);
+  for (const uint4& vector : held) Include(extremes, vector);
+  uint32_t amax = WarpMax(extremes.template Magnitude<kClip>(limits));
   const int lane = threadIdx.x % kWarp;
   if (lane == 0) warp_amax[threadIdx.x / kWarp] = amax;
   __syncthreads();
@@ -251,12 +218,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int vector = threadIdx.x + i * blockDim.x;
     if (vector >= vectors) break;
     float v[kElements];
-    if constexpr (kFactor) {
-#pragma unroll
-      for (int j = 0; j < kElements; ++j) v[j] = products[i][j];
-    } else {
-      Unpack<kType>(held[i], v);
-    }
+    Unpack<kType>(held[i], v);
     uint32_t words[kElements / 4];
     Encode<kFormat, kClip>(v, scaling, limits, words);
     const int64_t at = (row * vectors + vector) * kElements;
@@ -310,12 +272,6 @@ __global__ void __launch_bounds__(kTransposeThreads)
 
 // --- a scale a column ---
 
-// The columns' codes of x * row_factor; `columns.amax` gets its largest magnitudes first.
-struct Tiles {
-  QuantizeColumns columns;
-  const float* row_factor;  // null is one
-};
-
 constexpr int kColumnThreads = 256;
 constexpr int kInFlight = 4;  // loads of a thread
 
@@ -327,10 +283,21 @@ static_assert(kAmaxRows % (kInFlight * kColumnThreads / kWarp) == 0);
 template <DType kType>
 constexpr int kAmaxCols = kWarp * kPerVector<kType>;
 
-template <DType kType, bool kFactor>
+// Raises amax[0, count) to what the warps found.
+template <int kWarps, int kCols>
+__device__ __forceinline__ void AddColumns(const uint32_t (&magnitudes)[kWarps][kCols], float* amax,
+                                           int64_t count) {
+  static_assert(kCols <= kColumnThreads);
+  if (threadIdx.x >= kCols || threadIdx.x >= count) return;
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) largest = max(largest, magnitudes[i][threadIdx.x]);
+  atomicMax(reinterpret_cast<uint32_t*>(amax + threadIdx.x), largest);
+}
+
+template <DType kType>
 __global__ void __launch_bounds__(kColumnThreads)
-    ColumnAmaxKernel(const __grid_constant__ Tiles tiles) {
-  const QuantizeColumns& args = tiles.columns;
+    ColumnAmaxKernel(const __grid_constant__ QuantizeColumns args) {
   constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
   constexpr int kWarps = kColumnThreads / kWarp;
   __shared__ __align__(16) uint32_t magnitudes[kWarps][kCols];
@@ -343,7 +310,6 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int64_t col = first_col + lane * kElements;
 
   Extremes<kType> extremes[4];
-  float largest[kFactor ? kElements : 1] = {};
   if (col < args.in.cols) {
     const uint4* x = static_cast<const uint4*>(args.in.x) +
                      (batch * args.in.rows * args.in.cols + col) / kElements;
@@ -356,21 +322,10 @@ __global__ void __launch_bounds__(kColumnThreads)
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        if constexpr (kFactor) {
-          const int64_t r = min(first_row + row + i * kWarps, args.in.rows - 1);
-          const float factor = __ldg(tiles.row_factor + batch * args.in.rows + r);
-          float v[kElements];
-          Unpack<kType>(held[i], v);
-#pragma unroll
-          for (int j = 0; j < kElements; ++j) {
-            largest[j] = MaxOrNaN(largest[j], fabsf(__fmul_rn(v[j], factor)));
-          }
-        } else {
-          extremes[0].Include(held[i].x);
-          extremes[1].Include(held[i].y);
-          extremes[2].Include(held[i].z);
-          extremes[3].Include(held[i].w);
-        }
+        extremes[0].Include(held[i].x);
+        extremes[1].Include(held[i].y);
+        extremes[2].Include(held[i].z);
+        extremes[3].Include(held[i].w);
       }
     }
   }
@@ -378,27 +333,16 @@ __global__ void __launch_bounds__(kColumnThreads)
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     constexpr int kPerWord = Word<kType>::kElements;
-    uint32_t& magnitude = magnitudes[warp][lane * kElements + i];
-    if constexpr (kFactor) {
-      magnitude = __float_as_uint(largest[i]);
-    } else {
-      magnitude = extremes[i / kPerWord].template Magnitude<Clip::kClamp>(i % kPerWord, limits);
-    }
+    magnitudes[warp][lane * kElements + i] =
+        extremes[i / kPerWord].template Magnitude<Clip::kClamp>(i % kPerWord, limits);
   }
   __syncthreads();
-  if (threadIdx.x < kCols && first_col + threadIdx.x < args.in.cols) {
-    uint32_t amax = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) amax = max(amax, magnitudes[i][threadIdx.x]);
-    float* to = args.amax + batch * args.in.cols + first_col + threadIdx.x;
-    atomicMax(reinterpret_cast<uint32_t*>(to), amax);
-  }
+  AddColumns(magnitudes, args.amax + batch * args.in.cols + first_col, args.in.cols - first_col);
 }
 
 template <DType kType, Format kFormat, Clip kClip>
 __global__ void __launch_bounds__(kColumnThreads, 4)
-    TileKernel(const __grid_constant__ Tiles tiles) {
-  const QuantizeColumns& args = tiles.columns;
+    TileKernel(const __grid_constant__ QuantizeColumns args) {
   constexpr int kElements = kPerVector<kType>;
   constexpr int kLanes = kTile / kElements;  // that have a row of the tile
   constexpr int kRowsAtOnce = kColumnThreads / kLanes;
@@ -456,11 +400,6 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
         if (row >= rows) break;
         float v[kElements];
         Unpack<kType>(held[i], v);
-        if (tiles.row_factor != nullptr) {
-          const float factor = tiles.row_factor[batch * args.in.rows + first_row + row];
-#pragma unroll
-          for (float& value : v) value = __fmul_rn(value, factor);
-        }
         uint32_t words[kElements / 4];
         Encode<kFormat, kClip>(v, scaling, limits, words);
         if (args.codes != nullptr) StoreBytes(args.codes + origin + row * args.in.cols, words);
@@ -473,6 +412,172 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
   StoreTransposed<kTile>(tile, kStride, rows, cols, args.in.rows,
                          args.codes_t == nullptr ? nullptr : args.codes_t + at,
                          args.packed_t == nullptr ? nullptr : args.packed_t + at / 2);
+}
+
+// --- a gradient: a scale a row and one a column ---
+
+// Where the largest magnitudes of the rows and of the columns of a matrix are found.
+struct GradientAmax {
+  uint32_t* rows;
+  uint32_t* cols;
+
+  __device__ GradientAmax(const QuantizeGradient& args, int64_t batch) {
+    uint32_t* amax = reinterpret_cast<uint32_t*>(args.amax);
+    rows = amax + batch * args.in.rows;
+    cols = amax + args.in.batch * args.in.rows + batch * args.in.cols;
+  }
+};
+
+template <int kElements>
+__device__ __forceinline__ void LoadFactors(const float* from, float (&factors)[kElements]) {
+#pragma unroll
+  for (int i = 0; i < kElements; i += 4) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
+    factors[i] = four.x;
+    factors[i + 1] = four.y;
+    factors[i + 2] = four.z;
+    factors[i + 3] = four.w;
+  }
+}
+
+// As ColumnAmaxKernel, of both products at once.
+template <DType kType>
+__global__ void __launch_bounds__(kColumnThreads)
+    GradientAmaxKernel(const __grid_constant__ QuantizeGradient args) {
+  constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
+  constexpr int kWarps = kColumnThreads / kWarp;
+  __shared__ uint32_t magnitudes[kWarps][kCols];
+  const uint32_t col_blocks = TileCount(args.in.cols, kCols);
+  const uint32_t chunks = TileCount(args.in.rows, kAmaxRows);
+  const int64_t first_col = int64_t{blockIdx.x % col_blocks} * kCols;
+  const int64_t first_row = int64_t{blockIdx.x / col_blocks % chunks} * kAmaxRows;
+  const int64_t batch = blockIdx.x / (col_blocks * chunks);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t col = first_col + lane * kElements;
+  const bool inside = col < args.in.cols;
+  const GradientAmax amax(args, batch);
+
+  float col_factor[kElements] = {}, largest[kElements] = {};
+  if (inside) LoadFactors(args.col_factor + batch * args.in.cols + col, col_factor);
+  const uint4* x = static_cast<const uint4*>(args.in.x) +
+                   (batch * args.in.rows * args.in.cols + col) / kElements;
+  for (int row = warp; row < kAmaxRows; row += kInFlight * kWarps) {
+    uint4 held[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t r = first_row + row + i * kWarps;
+      held[i] = inside && r < args.in.rows ? __ldg(x + r * args.in.cols / kElements) : uint4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t r = first_row + row + i * kWarps;
+      if (r >= args.in.rows) break;
+      const float row_factor = __ldg(args.row_factor + batch * args.in.rows + r);
+      float v[kElements], of_row = 0;
+      Unpack<kType>(held[i], v);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        of_row = MaxOrNaN(of_row, fabsf(__fmul_rn(v[j], col_factor[j])));
+        largest[j] = MaxOrNaN(largest[j], fabsf(__fmul_rn(v[j], row_factor)));
+      }
+      const uint32_t all = WarpMax(__float_as_uint(of_row));
+      if (lane == 0) atomicMax(amax.rows + r, all);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    magnitudes[warp][lane * kElements + i] = inside ? __float_as_uint(largest[i]) : 0;
+  }
+  __syncthreads();
+  AddColumns(magnitudes, reinterpret_cast<float*>(amax.cols) + first_col, args.in.cols - first_col);
+}
+
+// As TileKernel, of both products at once.
+template <DType kType, Format kFormat>
+__global__ void __launch_bounds__(kColumnThreads, 4)
+    GradientTileKernel(const __grid_constant__ QuantizeGradient args) {
+  constexpr int kElements = kPerVector<kType>;
+  constexpr int kLanes = kTile / kElements;  // that have a row of the tile
+  constexpr int kRowsAtOnce = kColumnThreads / kLanes;
+  constexpr int kChunkRows = kInFlight * kRowsAtOnce;
+  constexpr int kStride = kTile / 4;  // words
+  __shared__ __align__(16) uint32_t tile[kTile * kStride];
+  __shared__ float row_scales[kTile], row_factors[kTile];
+
+  // From the last tile to the first: the end of x is what the pass before has left in L2.
+  const uint32_t index = gridDim.x - 1 - blockIdx.x;
+  const uint32_t col_tiles = TileCount(args.in.cols, kTile);
+  const uint32_t row_tiles = TileCount(args.in.rows, kTile);
+  const int64_t first_col = int64_t{index % col_tiles} * kTile;
+  const int64_t first_row = int64_t{index / col_tiles % row_tiles} * kTile;
+  const int64_t batch = index / (col_tiles * row_tiles);
+  const int rows = static_cast<int>(min(args.in.rows - first_row, int64_t{kTile}));
+  const int cols = static_cast<int>(min(args.in.cols - first_col, int64_t{kTile}));
+  const int col = threadIdx.x % kLanes * kElements, lane_row = threadIdx.x / kLanes;
+  const bool inside = col < cols;
+  const GradientAmax amax(args, batch);
+
+  const int64_t origin = (batch * args.in.rows + first_row) * args.in.cols + first_col + col;
+  const uint4* x = static_cast<const uint4*>(args.in.x) + origin / kElements;
+  const int64_t vectors = args.in.cols / kElements;
+  uint4 held[kInFlight];
+  const auto load = [&](int row) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int r = row + i * kRowsAtOnce;
+      held[i] = inside && r < rows ? __ldcs(x + r * vectors) : uint4{};
+    }
+  };
+  load(lane_row);
+  if (threadIdx.x < rows) {
+    const int64_t row = first_row + threadIdx.x, slice = batch * args.in.rows + row;
+    row_scales[threadIdx.x] = ScaleOf(amax.rows[row], kFormat);
+    row_factors[threadIdx.x] = args.row_factor[slice];
+    if (first_col == 0) args.row_scale[slice] = row_scales[threadIdx.x];
+  }
+  Scaling<kElements> by_col;
+  float col_factor[kElements];
+  if (inside) {
+    float scales[kElements];
+#pragma unroll
+    for (int i = 0; i < kElements; ++i)
+      scales[i] = ScaleOf(amax.cols[first_col + col + i], kFormat);
+    const int64_t slice = batch * args.in.cols + first_col + col;
+    if (first_row == 0 && lane_row == 0) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) args.col_scale[slice + i] = scales[i];
+    }
+    by_col.SetEach(scales);
+    LoadFactors(args.col_factor + slice, col_factor);
+  }
+  __syncthreads();
+
+#pragma unroll
+  for (int chunk = 0; chunk < kTile; chunk += kChunkRows) {
+    if (chunk > 0) load(chunk + lane_row);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int row = chunk + lane_row + i * kRowsAtOnce;
+      if (!inside || row >= rows) break;
+      float v[kElements], product[kElements];
+      uint32_t words[kElements / 4];
+      Unpack<kType>(held[i], v);
+      Scaling<kElements> by_row;
+      by_row.Set(row_scales[row]);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) product[j] = __fmul_rn(v[j], col_factor[j]);
+      Encode<kFormat, Clip::kNone>(product, by_row, Limits{}, words);
+      StoreBytes(args.codes + origin + row * args.in.cols, words);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) product[j] = __fmul_rn(v[j], row_factors[row]);
+      Encode<kFormat, Clip::kNone>(product, by_col, Limits{}, words);
+      StoreBytes(tile + row * kStride + TileWord<kTile>(row, col / 4), words);
+    }
+  }
+  __syncthreads();
+  StoreTransposed<kTile>(
+      tile, kStride, rows, cols, args.in.rows,
+      args.codes_t + (batch * args.in.cols + first_col) * args.in.rows + first_row, nullptr);
 }
 
 // --- anything else ---
@@ -712,8 +817,8 @@ bool HasGroups(const QuantizeInput& in, const void* codes_t, const void* packed_
          IsAligned(packed_t, kGroupRows / 2);
 }
 
-cudaError_t ClearAmax(float* amax, const QuantizeInput& in, cudaStream_t stream) {
-  return cudaMemsetAsync(amax, 0, in.batch * in.cols * sizeof(float), stream);
+cudaError_t ClearAmax(float* amax, int64_t size, cudaStream_t stream) {
+  return cudaMemsetAsync(amax, 0, size * sizeof(float), stream);
 }
 
 cudaError_t LaunchAny(const Any& args, cudaStream_t stream) {
@@ -726,7 +831,7 @@ cudaError_t LaunchAny(const Any& args, cudaStream_t stream) {
     if (error != cudaSuccess || in.cols == 0) return error;
   } else {
     if (in.batch * in.cols == 0) return cudaSuccess;
-    error = ClearAmax(args.col_amax, in, stream);
+    error = ClearAmax(args.col_amax, in.batch * in.cols, stream);
     if (error == cudaSuccess && in.rows > 0) {
       const int64_t blocks = in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAnyThreads);
       error = Launch(AnyColumnAmaxKernel, blocks, kAnyThreads, stream, args);
@@ -739,14 +844,11 @@ cudaError_t LaunchAny(const Any& args, cudaStream_t stream) {
 }
 
 // Rows that a block's registers hold.
-template <bool kFactor>
-cudaError_t LaunchRows(const QuantizeRows& args, const float* col_factor, cudaStream_t stream) {
+cudaError_t LaunchRows(const QuantizeRows& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
   const int threads = RoundUp(CeilDiv(in.cols, kHeld), kWarp);
   return WithAll(in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
-    constexpr Clip kClip = kFactor ? Clip::kNone : clip();
-    return Launch(RowsKernel<type(), format(), kClip, kFactor>, in.batch * in.rows, threads, stream,
-                  args, col_factor);
+    return Launch(RowsKernel<type(), format(), clip()>, in.batch * in.rows, threads, stream, args);
   });
 }
 
@@ -757,22 +859,42 @@ cudaError_t LaunchTranspose(const QuantizeInput& in, const uint8_t* codes, uint8
                 codes_t);
 }
 
-cudaError_t LaunchTiles(const Tiles& tiles, cudaStream_t stream) {
-  const QuantizeColumns& args = tiles.columns;
+template <DType kType>
+int64_t AmaxBlocks(const QuantizeInput& in) {
+  return in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAmaxCols<kType>);
+}
+
+int64_t TileBlocks(const QuantizeInput& in) {
+  return in.batch * CeilDiv(in.rows, kTile) * CeilDiv(in.cols, kTile);
+}
+
+cudaError_t LaunchTiles(const QuantizeColumns& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
-  cudaError_t error = ClearAmax(args.amax, in, stream);
+  cudaError_t error = ClearAmax(args.amax, in.batch * in.cols, stream);
   if (error != cudaSuccess) return error;
   error = WithType(in.type, [&](auto type) {
-    const auto kernel = tiles.row_factor == nullptr ? ColumnAmaxKernel<type(), false>
-                                                    : ColumnAmaxKernel<type(), true>;
-    const int64_t blocks =
-        in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAmaxCols<type()>);
-    return Launch(kernel, blocks, kColumnThreads, stream, tiles);
+    return Launch(ColumnAmaxKernel<type()>, AmaxBlocks<type()>(in), kColumnThreads, stream, args);
   });
   if (error != cudaSuccess) return error;
-  const int64_t blocks = in.batch * CeilDiv(in.rows, kTile) * CeilDiv(in.cols, kTile);
   return WithAll(in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
-    return Launch(TileKernel<type(), format(), clip()>, blocks, kColumnThreads, stream, tiles);
+    return Launch(TileKernel<type(), format(), clip()>, TileBlocks(in), kColumnThreads, stream,
+                  args);
+  });
+}
+
+cudaError_t LaunchGradientTiles(const QuantizeGradient& args, cudaStream_t stream) {
+  const QuantizeInput& in = args.in;
+  cudaError_t error = ClearAmax(args.amax, in.batch * (in.rows + in.cols), stream);
+  if (error != cudaSuccess) return error;
+  error = WithType(in.type, [&](auto type) {
+    return Launch(GradientAmaxKernel<type()>, AmaxBlocks<type()>(in), kColumnThreads, stream, args);
+  });
+  if (error != cudaSuccess) return error;
+  return WithType(in.type, [&](auto type) {
+    return WithFormat(args.format, [&](auto format) {
+      return Launch(GradientTileKernel<type(), format()>, TileBlocks(in), kColumnThreads, stream,
+                    args);
+    });
   });
 }
 
@@ -786,7 +908,7 @@ cudaError_t LaunchQuantizeRows(const QuantizeRows& args, cudaStream_t stream) {
     const bool can = args.codes != nullptr && in.cols % kVectorBytes == 0 &&
                      IsAligned(args.codes, kVectorBytes) && HasGroups(in, args.codes_t, nullptr);
     if (in.cols <= kMaxThreads * kHeld && (can || !transposes)) {
-      const cudaError_t error = LaunchRows<false>(args, nullptr, stream);
+      const cudaError_t error = LaunchRows(args, stream);
       if (error != cudaSuccess || !transposes) return error;
       return LaunchTranspose(in, args.codes, args.codes_t, stream);
     }
@@ -812,29 +934,15 @@ cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stre
     any.packed_t = args.packed_t;
     return LaunchAny(any, stream);
   }
-  return LaunchTiles({args, nullptr}, stream);
+  return LaunchTiles(args, stream);
 }
 
 cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
   if (in.batch == 0) return cudaSuccess;
   if (HasVectors(in, args.codes, nullptr) && HasGroups(in, args.codes_t, nullptr) &&
-      in.cols <= kMaxThreads * kHeld && IsAligned(args.col_factor, sizeof(float4))) {
-    // Columns first: their second pass ends where the rows' begins, in what L2 holds.
-    if (args.codes_t != nullptr) {
-      QuantizeColumns columns = {in, {}, args.format};
-      columns.codes_t = args.codes_t;
-      columns.scale = args.col_scale;
-      columns.amax = args.amax;
-      const cudaError_t error = LaunchTiles({columns, args.row_factor}, stream);
-      if (error != cudaSuccess) return error;
-    }
-    if (args.codes == nullptr) return cudaSuccess;
-    QuantizeRows rows = {in, {}, args.format};
-    rows.codes = args.codes;
-    rows.scale = args.row_scale;
-    return args.col_factor == nullptr ? LaunchRows<false>(rows, nullptr, stream)
-                                      : LaunchRows<true>(rows, args.col_factor, stream);
+      IsAligned(args.col_factor, sizeof(float4))) {
+    return LaunchGradientTiles(args, stream);
   }
   Any rows = {in, {}, args.format};
   rows.col_factor = args.col_factor;
@@ -843,12 +951,10 @@ cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t st
   Any columns = {in, {}, args.format};
   columns.row_factor = args.row_factor;
   columns.col_scale = args.col_scale;
-  columns.col_amax = args.amax;
+  columns.col_amax = args.amax + in.batch * in.rows;
   columns.codes_t = args.codes_t;
-  cudaError_t error = cudaSuccess;
-  if (args.row_scale != nullptr) error = LaunchAny(rows, stream);
-  if (error == cudaSuccess && args.col_scale != nullptr) error = LaunchAny(columns, stream);
-  return error;
+  const cudaError_t error = LaunchAny(rows, stream);
+  return error == cudaSuccess ? LaunchAny(columns, stream) : error;
 }
 
 }  // namespace jfp4

@@ -55,9 +55,8 @@ struct QuantizeColumns {
 cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stream);
 
 // A gradient dy for both of its products: dy * col_factor with a scale a row, and dy * row_factor
-// with a scale a column, the latter transposed. row_factor is [batch, rows], col_factor [batch,
-// cols]; null is a factor of one. `amax` is scratch, [batch, cols]. codes/row_scale or
-// codes_t/col_scale may be null together.
+// with a scale a column, the latter transposed. row_factor and row_scale are [batch, rows],
+// col_factor and col_scale [batch, cols]; `amax` is scratch, batch * (rows + cols) numbers.
 struct QuantizeGradient {
   QuantizeInput in;
   Format format;

@@ -321,7 +321,7 @@ def quantize_gradient(
         _float32(*batch, m, 1),
         jax.ShapeDtypeStruct((*batch, n, m), dtype),
         _float32(*batch, 1, n),
-        _float32(*batch, n),  # scratch
+        _float32(*batch, m + n),  # scratch
     )
     *outputs, _ = _call("jfp4_quantize_gradient", results)(
         dy, col_factor, row_factor, format=_index(format)

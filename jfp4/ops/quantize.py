@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jfp4.formats import TINY, get_format, round_to_format
 from jfp4.ops import ffi
@@ -253,12 +253,32 @@ def scale_of(x: Float32[Array, "..."], axis: int | None, format: str) -> Float32
 
 
 def reciprocal(scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """``1 / scale``, rounded by itself.
+    """``1 / scale``, correctly rounded, for a scale that is NaN or whose reciprocal is normal.
 
-    Without the barrier XLA makes one division of a product with it, on GPUs at least, whose result
-    is sometimes the neighbour: one code in ten million then differs.
+    On GPUs XLA divides to within two units in the last place, and makes one division of a product
+    with a reciprocal: one code in ten million would differ. So the quotient is mended as integers.
     """
-    return lax.optimization_barrier(1 / scale)
+    return jnp.where(jnp.isnan(scale), scale, mended_reciprocal(scale, 1 / scale))
+
+
+def mended_reciprocal(
+    x: Float32[Array, "..."], quotient: Float32[Array, "..."]
+) -> Float32[Array, "..."]:
+    """``1 / x``, correctly rounded, from a quotient at most two units in the last place off."""
+    for _ in range(3):  # one more step, since units halve below a power of two
+        s, r = _mantissa(x), _mantissa(quotient)
+        # Twice the remainder of 2**k for the k that leaves little; the rest is lost modulo 2**32.
+        twice = -2 * s * r
+        step = (twice > s).astype(jnp.int32) - (twice < -s).astype(jnp.int32)
+        bits = lax.bitcast_convert_type(quotient, jnp.int32) + step
+        quotient = lax.bitcast_convert_type(bits, jnp.float32)
+    return quotient
+
+
+def _mantissa(x: Float32[Array, "..."]) -> Int32[Array, "..."]:
+    """The 24 bits of a normal number's mantissa, as an integer."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return (bits & np.int32(0x7FFFFF)) | np.int32(0x800000)
 
 
 def scaled_codes(

@@ -14,6 +14,7 @@ from jfp4.ops import ffi
 from jfp4.ops import reference as ref
 from jfp4.ops.outliers import quantize_compensated
 from jfp4.ops.outliers import thresholds as find_thresholds
+from jfp4.ops.quantize import quantize_gradient, reciprocal
 
 SHAPES = [
     (1, 1),
@@ -226,3 +227,34 @@ def test_thresholds_of_special_values(backend, value):
     x[5, :40] = value
     found = jax.jit(lambda x: find_thresholds(x, 0.999, sample=None))(x)
     np.testing.assert_array_equal(np.float32(found), np.float32(ref.thresholds(x, 0.999)))
+
+
+# ------------------------------------------------------------------------------- XLA on a GPU
+
+
+@pytest.mark.gpu
+def test_reciprocals_by_xla_are_correctly_rounded():
+    bits = np.random.default_rng(0).integers(0x00800000, 0x7E800000, 1 << 22, dtype=np.uint32)
+    x = bits.view(np.float32)
+    np.testing.assert_array_equal(jax.jit(reciprocal)(x), np.float32(1) / x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["e4m3", "e5m2", "e2m1"])
+def test_gradients_by_xla_are_those_of_the_kernels(format):
+    keys = jax.random.split(jax.random.key(1), 3)
+    dy = jax.random.normal(keys[0], (4096, 5120), jnp.bfloat16)
+    col, row = jax.random.uniform(keys[1], (1, 5120)), jax.random.uniform(keys[2], (4096, 1))
+
+    def run(dy, col, row):
+        return [
+            (q.codes.astype(jnp.float32), q.scale)
+            for q in quantize_gradient(dy, col, row, format=format)
+        ]
+
+    results = []
+    for path in ("cuda", "xla"):
+        with ffi.backend(path):
+            results.append(jax.tree.leaves(jax.jit(run)(dy, col, row)))
+    for kernel, xla in zip(*results, strict=True):
+        np.testing.assert_array_equal(kernel, xla)

@@ -581,7 +581,8 @@ class Call:
         return jax.block_until_ready(call(*arrays, **attributes))
 
 
-F32, BF16, U8, E4M3, E5M2 = "float32", "bfloat16", "uint8", "float8_e4m3fn", "float8_e5m2"
+F32, BF16, F16, U8 = "float32", "bfloat16", "float16", "uint8"
+E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 ROWS = Call(
     "jfp4_quantize_rows",
     {"x": (BF16, (2, 3, 8)), "lo": (F32, (2, 1)), "hi": (F32, (2, 1))},
@@ -613,7 +614,7 @@ GRADIENT = Call(
         "row_scale": (F32, (3, 1)),
         "codes_t": (E5M2, (8, 3)),
         "col_scale": (F32, (1, 8)),
-        "amax": (F32, (8,)),
+        "amax": (F32, (11,)),
     },
     {"format": np.int32(4)},
 )
@@ -633,9 +634,11 @@ GEMM = Call(
         "u": (F32, (2, 3, 1)),
         "v": (F32, (2, 1, 5)),
         "bias": (F32, (2, 5)),
+        "slope_w": (F16, (2, 3, 5)),
+        "slope_scale": (F32, (2, 1, 5)),
     },
     {"y": (BF16, (2, 3, 5))},
-    {"promote": False},
+    {"promote": False, "slope_k": np.float32(5), "slope_cap": np.float32(3)},
 )
 PACKED_GEMM = Call(
     "jfp4_packed_gemm",
@@ -679,7 +682,7 @@ MISTAKES = [
     (GRADIENT, {"row_scale": (BF16, (3, 1))}, "row_scale is bf16[3, 1]; expected f32[3, 1]"),
     (GRADIENT, {"codes_t": (E5M2, (3, 8))}, "codes_t is f8e5m2[3, 8]; expected f8e5m2[8, 3]"),
     (GRADIENT, {"col_scale": (F32, (8,))}, "col_scale is f32[8]; expected f32[1, 8]"),
-    (GRADIENT, {"amax": (F32, (3,))}, "amax is f32[3]; expected f32[8], beside dy bf16[3, 8]"),
+    (GRADIENT, {"amax": (F32, (3,))}, "amax is f32[3]; expected f32[11], beside dy bf16[3, 8]"),
     (GRADIENT, {"format": np.int32(-1)}, "format is -1; expected 0 to 4"),
     (THRESHOLDS, {"x": (U8, (2, 20))}, "x is u8[2, 20]; expected bf16, f16 or f32"),
     (THRESHOLDS, {"x": (BF16, ())}, "x is bf16[]; expected at least 1 dimensions"),
@@ -708,6 +711,11 @@ MISTAKES = [
     (GEMM, {"u": (F32, (2, 1, 1))}, "u is f32[2, 1, 1]; expected f32[2, 3, 1]"),
     (GEMM, {"v": (F32, (2, 2, 5))}, "v is f32[2, 2, 5]; expected f32[2, 1, 5]"),
     (GEMM, {"bias": (F32, (2, 3))}, "bias is f32[2, 3]; expected f32[2, 5]"),
+    (GEMM, {"slope_w": (U8, (2, 3, 5))}, "slope_w is u8[2, 3, 5]; expected bf16, f16 or f32"),
+    (GEMM, {"slope_w": (F32, (2, 5, 3))}, "slope_w is f32[2, 5, 3]; expected f32[2, 3, 5]"),
+    (GEMM, {"slope_scale": (F32, (2, 3, 1))}, "slope_scale is f32[2, 3, 1]; expected f32[2, 1, 1]"),
+    (GEMM, {"slope_k": np.float32(1)}, "slope_k is 1.000000 and slope_cap 3.000000; expected them"),
+    (GEMM, {"slope_cap": np.float32(0)}, "slope_k is 5.000000 and slope_cap 0.000000; expected"),
     (GEMM, {"y": (BF16, (2, 5, 3))}, "y is bf16[2, 5, 3]; expected bf16[2, 3, 5]"),
     (GEMM, {"y": (E4M3, (2, 3, 5))}, "y is f8e4m3fn[2, 3, 5]; expected bf16, f16 or f32"),
     (PACKED_GEMM, {"a": (E4M3, (3, 16))}, "a is f8e4m3fn[3, 16]; expected u8[3, 16]"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jfp4.formats import FORMATS
 from jfp4.ops import reference as ref
-from jfp4.ops.quantize import quantize
+from jfp4.ops.quantize import mended_reciprocal, quantize, reciprocal
 
 DTYPES = {
     "float16": np.float16,
@@ -34,6 +34,24 @@ def same_bits(a, b):
     np.testing.assert_array_equal(a, b)
     number = ~np.isnan(b)
     np.testing.assert_array_equal(np.signbit(a)[number], np.signbit(b)[number])
+
+
+@pytest.mark.parametrize("off", range(-2, 3))
+def test_a_reciprocal_is_mended_from_a_quotient_that_is_off(off):
+    """Of every mantissa, at exponents whose reciprocals are normal."""
+    mantissa = np.arange(1 << 23, dtype=np.uint32)
+    exponent = np.uint32(1) + (mantissa * np.uint32(2654435761) >> np.uint32(8)) % np.uint32(252)
+    x = ((exponent << np.uint32(23)) | mantissa).view(np.float32)
+    exact = np.float32(1) / x
+    # Units are those of the quotient itself: below a power of two they are half of those above.
+    quotient = (exact.view(np.int32) + np.int32(off)).view(np.float32)
+    np.testing.assert_array_equal(jax.jit(mended_reciprocal)(x, quotient), exact)
+    if off == 0:
+        np.testing.assert_array_equal(jax.jit(reciprocal)(x), exact)
+
+
+def test_the_reciprocal_of_nan_is_nan():
+    assert np.isnan(reciprocal(jnp.float32(np.nan)))
 
 
 def gaussian(seed, *shape):
