@@ -317,7 +317,7 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
   }
 }
 
-template <bool kAE5M2, bool kBE5M2, bool kPromote>
+template <bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     GemmKernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
                const __grid_constant__ CUtensorMap y_map, const Params p) {
@@ -442,7 +442,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       }
       const int row = tile.row + block_row + warp_row, col = tile.col + 2 * (lane % 4);
       Finish(p, tile.batch, row, col, sums);
-      if (p.slope.w != nullptr) {
+      if constexpr (kSlope) {  // its registers would be every other product's too
         auto multiply = [&](auto type) {
           MultiplyBySlope<decltype(type)::value>(p, tile.batch, row, col, sums);
         };
@@ -470,7 +470,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 
 int OutBytes(DType type) { return type == DType::kF32 ? 4 : 2; }
 
-template <bool kAE5M2, bool kBE5M2, bool kPromote>
+template <bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
 cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
   const Params p{
       static_cast<int>(g.batch),
@@ -505,7 +505,7 @@ cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
                            CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
   }
-  auto kernel = GemmKernel<kAE5M2, kBE5M2, kPromote>;
+  auto kernel = GemmKernel<kAE5M2, kBE5M2, kPromote, kSlope>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
   const int clusters = std::min(sms / kCluster, Schedule(p.batch, p.m, p.n).total);
@@ -526,10 +526,17 @@ cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  auto launch = g.a_e5m2   ? (g.promote ? Launch<true, false, true> : Launch<true, false, false>)
-                : g.b_e5m2 ? (g.promote ? Launch<false, true, true> : Launch<false, true, false>)
-                           : (g.promote ? Launch<false, false, true> : Launch<false, false, false>);
-  return launch(g, sms, stream);
+  auto choose = [&](auto promote, auto slope) {
+    constexpr bool kPromote = promote(), kSlope = slope();
+    auto launch = g.a_e5m2   ? Launch<true, false, kPromote, kSlope>
+                  : g.b_e5m2 ? Launch<false, true, kPromote, kSlope>
+                             : Launch<false, false, kPromote, kSlope>;
+    return launch(g, sms, stream);
+  };
+  using No = std::false_type;
+  using Yes = std::true_type;
+  if (g.slope.w == nullptr) return g.promote ? choose(Yes(), No()) : choose(No(), No());
+  return g.promote ? choose(Yes(), Yes()) : choose(No(), Yes());
 }
 
 }  // namespace jfp4
