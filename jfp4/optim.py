@@ -59,9 +59,7 @@ def to_blocks(
         dtype: of the codes, float8_e4m3fn or float16.
         bits: as in ``round_to_dtype``.
     """
-    n = x.shape[-1] if x.ndim else 1
-    block = BLOCK if n % BLOCK == 0 else n
-    blocks = x.reshape(*x.shape[:-1], n // max(block, 1), block)
+    blocks = _split(x)
     amax = jnp.max(jnp.abs(blocks), axis=-1, initial=0)
     top = 2.0 ** (math.floor(math.log2(jnp.finfo(dtype).max)) - 1)
     scale = jnp.maximum(binade(amax), _LEAST_BINADE) * np.float32(1 / top)
@@ -81,8 +79,14 @@ def from_blocks(blocks: Blocks) -> Float32[Array, "..."]:
     # The exponent of infinity marks what was not finite, and infinity times a code is no NaN.
     bits = jnp.where(blocks.exponents == 255, np.uint32(0x7FC00000), bits)
     scale = lax.bitcast_convert_type(bits, jnp.float32)[..., None]
-    wide = codes.astype(jnp.float32).reshape(*scale.shape[:-1], -1) if codes.size else codes
-    return (wide * scale).reshape(codes.shape).astype(jnp.float32)
+    return (_split(codes.astype(jnp.float32)) * scale).reshape(codes.shape)
+
+
+def _split(x: Array) -> Array:
+    """``x`` with its last axis in two, blocks and the elements of one."""
+    n = x.shape[-1] if x.ndim else 1
+    block = BLOCK if n % BLOCK == 0 else n
+    return x.reshape(*x.shape[:-1], n // block, block)
 
 
 def scale_by_adam(

@@ -1,5 +1,7 @@
 """Rounding float32 to a narrow dtype, to nearest or stochastically, and the bits for the latter."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,26 +30,24 @@ def random_bits(key: UInt32[Array, ""], shape: tuple[int, ...]) -> UInt32[Array,
     Rows and columns are hashed one after the other, so that an array may have over 2**32 elements;
     within a row no two elements have the same bits.
     """
-    n = shape[-1] if shape else 1
-    row = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape) - 1)):
-        row += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
-        stride *= shape[axis]
-    column = lax.broadcasted_iota(jnp.uint32, shape or (n,), max(len(shape) - 1, 0)).reshape(shape)
-    return mix(mix(row + key) ^ column)
+    *rows, n = shape or (1,)
+    row = lax.iota(jnp.uint32, math.prod(rows)).reshape(*rows, 1)
+    column = lax.broadcasted_iota(jnp.uint32, (*rows, n), len(rows))
+    return mix(mix(row + key) ^ column).reshape(shape)
 
 
 def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """A bijection of 32-bit integers in which every bit of ``x`` flips each of the result's.
 
-    C. Wellons's "lowbias32" (https://nullprogram.com/blog/2018/07/31/), with an odd constant added
-    first, or zero would be a fixed point.
+    C. Wellons's "triple32" (https://nullprogram.com/blog/2018/07/31/), with an odd constant added
+    first, or zero would be a fixed point. His cheaper "lowbias32" leaves the upper bits of
+    consecutive numbers uneven.
     """
     x = x + np.uint32(0x9E3779B9)
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
+    x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)
+    x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
+    return x ^ (x >> 14)
 
 
 def round_to_dtype(
