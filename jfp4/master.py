@@ -21,8 +21,8 @@ SHIFT = 10
 
 float16 has 40 binades, and weights need those around and under one: with 2**10 the largest is
 65504 / 1024, just under 64, far above any weight of a matrix, and the smallest 2**-34. Steps stop
-shrinking for weights under 2**-24, 6e-8, a thousandth of the smallest update of 3e-5. A power of
-two costs no rounding, and one fixed for all needs neither statistics nor state, nor can it change
+shrinking only for weights under 2**-24, 6e-8, far under a single update of 3e-5. A power of two
+costs no rounding, and one fixed for all needs neither statistics nor state, nor can it change
 under a weight that is not being updated.
 """
 

@@ -75,9 +75,9 @@ def from_blocks(blocks: Blocks) -> Float32[Array, "..."]:
     codes = blocks.codes
     if codes.dtype == jnp.uint8:
         codes = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+    # What was not finite has an infinite scale; its codes, times the reciprocal, are zero or NaN,
+    # and so NaN comes back.
     bits = blocks.exponents.astype(jnp.uint32) << 23
-    # The exponent of infinity marks what was not finite, and infinity times a code is no NaN.
-    bits = jnp.where(blocks.exponents == 255, np.uint32(0x7FC00000), bits)
     scale = lax.bitcast_convert_type(bits, jnp.float32)[..., None]
     return (_split(codes.astype(jnp.float32)) * scale).reshape(codes.shape)
 

@@ -189,8 +189,8 @@ class _Run:
         if overflowed:
             self.log.flush()
             raise UserError(
-                f"a weight reached 64 by step {step}, more than it can in float16: start again with "
-                "--optimizer.master=bfloat16 or float32, or with a lower --lr"
+                f"a weight reached 64 by step {step}, more than it can in float16: start again "
+                "with --optimizer.master=bfloat16 or float32, or with a lower --lr"
             )
 
     def _evaluate(self, state: TrainState) -> float:
