@@ -1,6 +1,8 @@
 """FP4 training for JAX: quantised linear layers, their numerics, and the models that use them."""
 
+from jfp4 import master as master
 from jfp4 import nn as nn
+from jfp4 import optim as optim
 from jfp4.formats import FORMATS as FORMATS
 from jfp4.formats import Format as Format
 from jfp4.formats import pack as pack

@@ -17,7 +17,7 @@ NAMES = {
     *("nn", "convert", "linear", "gemm", "quantize", "calibrate", "Calibration", "QTensor"),
     *("PackedQTensor", "Backends", "backend", "backends"),
     *("FORMATS", "Format", "pack", "unpack", "round_to_format"),
-    *("RECIPES", "Recipe", "save_codes"),
+    *("RECIPES", "Recipe", "save_codes", "optim", "master"),
 }
 
 
@@ -106,8 +106,9 @@ def test_dependencies_run_one_way(file):
         "jfp4.formats": 0,
         **dict.fromkeys(("jfp4.qtensor", "jfp4.recipe"), 1),
         "jfp4.ops": 2,
-        "jfp4.nn": 3,
-        "jfp4.models": 4,
+        **dict.fromkeys(("jfp4.nn", "jfp4.optim"), 3),
+        "jfp4.master": 4,
+        "jfp4.models": 5,
     }
 
     def level(module):

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -63,10 +63,27 @@ class OptimizerConfig:
     accumulation: int = 1
     """Microbatches a step: batch_size is split into as many."""
 
+    master: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What weights are kept in. float16 and bfloat16 are rounded stochastically, and so narrow are
+    their gradients too; float16 holds magnitudes under 64 and brings a loss scale. Norm scales stay
+    float32."""
+
+    first_moment: Literal["float32", "float16", "e4m3"] = "float32"
+    """What Adam's first moment is kept in; other than float32 with a scale for 128 elements."""
+
+    second_moment: Literal["float32", "float16"] = "float32"
+    """What the root of Adam's second moment is kept in, likewise."""
+
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How moments other than float32 are rounded."""
+
     max_skipped: int = 20
     """Steps in a row without a finite gradient after which the run stops."""
 
     def __post_init__(self) -> None:
+        for name in ("master", "first_moment", "second_moment", "rounding"):
+            known = get_args(get_type_hints(OptimizerConfig)[name])
+            _require_known(f"optimizer.{name}", getattr(self, name), dict.fromkeys(known))
         _require(0 <= self.warmup <= 1, "optimizer.warmup", self.warmup, "a share from 0 to 1")
         _require(0 <= self.final_lr <= 1, "optimizer.final_lr", self.final_lr, "a share, 0 to 1")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, ">= 0")

@@ -165,6 +165,8 @@ class _Run:
                 "lr": float(value["lr"]),
                 "skipped": int(value["skipped"]),
             }
+            if "loss_scale" in value:
+                line["loss_scale"] = float(value["loss_scale"])
             if step == last and evaluated is not None:
                 line["valid_loss"] = self.valid_loss
             if step == c.steps:
@@ -176,6 +178,7 @@ class _Run:
             self.log.flush()
             self._plot()
         self._check_skipped(max(int(value["skipped_in_a_row"]) for value in values), last)
+        self._check_overflow(any(bool(value.get("overflowed", False)) for value in values), last)
         return now
 
     def _check_skipped(self, in_a_row: int, step: int) -> None:
@@ -185,6 +188,14 @@ class _Run:
                 f"the gradient was not finite for {in_a_row} steps in a row, up to step {step}; "
                 "the parameters of the last finite step are kept: lower --lr, or look at "
                 f"{self.run_dir / 'health.jsonl'}"
+            )
+
+    def _check_overflow(self, overflowed: bool, step: int) -> None:
+        if overflowed:
+            self.log.flush()
+            raise UserError(
+                f"a weight reached 64 by step {step}, more than it can in float16: start again "
+                "with --optimizer.master=bfloat16 or float32, or with a lower --lr"
             )
 
     def _evaluate(self, state: TrainState) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from jfp4 import optim
 from train.config import TrainConfig
 
 DECAYED = ("kernel", "embedding")
@@ -26,12 +27,20 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """The whole transformation; its state counts steps without a finite gradient."""
     o = config.optimizer
-    adamw = optax.adamw(
-        schedule(config), o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay, mask=decay_mask
+    adamw = optax.chain(
+        optim.scale_by_adam(
+            o.beta1,
+            o.beta2,
+            o.eps,
+            first=o.first_moment,
+            second=o.second_moment,
+            seed=config.seed if o.rounding == "stochastic" else None,
+        ),
+        optax.add_decayed_weights(o.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule(config)),
     )
-    clip = optax.identity() if o.clip_norm is None else optax.clip_by_global_norm(o.clip_norm)
-    # The bound is the loop's to enforce: past its own, optax would let the bad update through.
-    return optax.apply_if_finite(optax.chain(clip, adamw), max_consecutive_errors=2**31 - 1)
+    clip = optax.identity() if o.clip_norm is None else optim.clip_by_norm(o.clip_norm)
+    return optim.skip_not_finite(optax.chain(clip, adamw))
 
 
 def decay_mask(params: Any) -> Any:

@@ -92,7 +92,7 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
     fixed = Plan(
         parameters=parameters,
         weights=weights,
-        optimizer=_bytes(state.opt_state),
+        optimizer=_bytes((state.opt_state, state.loss_scale)),
         gradients=_bytes(state.params),
         activations=_estimated_activations(trainer),
         device_bytes=device_bytes,
@@ -160,7 +160,7 @@ def _estimated_activations(trainer: Trainer) -> int:
     """
     c, model = trainer.config, trainer.config.llama
     tokens = c.batch_size // c.optimizer.accumulation * c.seq_len
-    width = 2 if model.dtype == "bfloat16" else 4
+    width = 4 if model.dtype == "float32" else 2
     streams = 8 * model.embed_dim + 4 * model.mlp_dim
     codes = 3 * model.embed_dim + model.mlp_dim if c.quantization.quantizes else 0
     kept = {"none": streams * width + codes, "codes": codes + streams * width // 2, "full": 0}

@@ -9,10 +9,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
+from jfp4 import master
 from jfp4.models.llama import Llama, split_params
 from jfp4.nn import Linear
+from jfp4.optim import norm_and_finite
 from train.config import TrainConfig
-from train.optimizer import make_optimizer, schedule
+from train.loss_scale import LossScale
+from train.optimizer import decay_mask, make_optimizer, schedule
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +31,7 @@ class TrainState:
     params: Any
     stats: Any
     opt_state: Any
+    loss_scale: LossScale | None = None
 
 
 class Trainer:
@@ -39,6 +43,8 @@ class Trainer:
         self.schedule = schedule(config)
         model = nnx.eval_shape(self._model)
         self.graph = split_params(model)[0]
+        # What a gradient passes through in float16, small ones would not survive.
+        self.scales_loss = "float16" in (config.llama.dtype, config.optimizer.master)
 
     def _model(self) -> Llama:
         c = self.config
@@ -47,7 +53,14 @@ class Trainer:
     def init(self) -> TrainState:
         """The state before the first step."""
         _, params, stats = split_params(self._model())
-        return TrainState(jnp.int32(0), params, stats, self.optimizer.init(params))
+        master_format = self.config.optimizer.master
+        return TrainState(
+            step=jnp.int32(0),
+            params=master.encode(params, master_format, decay_mask),
+            stats=stats,
+            opt_state=self.optimizer.init(params),
+            loss_scale=LossScale.init() if self.scales_loss else None,
+        )
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, without making it."""
@@ -67,32 +80,53 @@ class Trainer:
 
         Returns:
             The next state, and the scalars ``loss`` (mean nats a token), ``grad_norm`` (before
-            clipping), ``lr``, ``skipped`` (in all) and ``skipped_in_a_row``.
+            clipping), ``lr``, ``skipped`` (in all) and ``skipped_in_a_row``; where the loss is
+            scaled ``loss_scale``, and with float16 weights ``overflowed``, whether one is infinite.
         """
+        scale = state.loss_scale
         loss, stats, grads = self._gradient(state, batch)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params, opt_state, grad_norm = master.apply_gradients(
+            self.optimizer,
+            state.params,
+            state.opt_state,
+            grads,
+            scale=1.0 if scale is None else 1 / scale.value,
+            seed=self.config.seed,
+            step=state.step,
+        )
         finite = opt_state.last_finite
         stats = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stats, state.stats)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             # The schedule counts the steps that were taken.
             "lr": self.schedule(state.step - state.opt_state.total_notfinite),
             "skipped": opt_state.total_notfinite,
             "skipped_in_a_row": opt_state.notfinite_count,
         }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, stats, opt_state), metrics
+        if scale is not None:
+            metrics["loss_scale"] = scale.value
+            scale = scale.after(finite)
+        if self.config.optimizer.master == "float16":
+            metrics["overflowed"] = ~norm_and_finite(params)[1]
+        return TrainState(state.step + 1, params, stats, opt_state, scale), metrics
 
     def _gradient(self, state: TrainState, batch: Array) -> tuple[Array, Any, Any]:
-        """Loss, new statistics and gradient, averaged over the microbatches."""
+        """Loss, new statistics and gradient, averaged over the microbatches.
+
+        The gradient has the dtypes of the stored parameters and is that of the scaled loss.
+        """
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.value
 
         def loss_of(params: Any, stats: Any, tokens: Array) -> tuple[Array, Any]:
-            model = nnx.merge(self.graph, params, stats, copy=True)
+            model = self._merge(params, stats)
             loss = mean_loss(model, tokens)
-            return loss, split_params(model)[2]
+            return loss * scale, (loss, split_params(model)[2])
 
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        def gradient(params: Any, stats: Any, tokens: Array) -> tuple[Any, Any]:
+            grads, aux = jax.grad(loss_of, has_aux=True)(params, stats, tokens)
+            return aux, grads
+
         n = self.config.optimizer.accumulation
         if n == 1:
             (loss, stats), grads = gradient(state.params, state.stats, batch)
@@ -109,9 +143,13 @@ class Trainer:
         carry, _ = jax.lax.scan(accumulate, (jnp.float32(0), state.stats, zeros), microbatches)
         return carry
 
+    def _merge(self, params: Any, stats: Any) -> Llama:
+        """The model of stored parameters."""
+        return nnx.merge(self.graph, jax.tree.map(master.decode, params), stats, copy=True)
+
     def evaluate(self, params: Any, stats: Any, batch: Int32[Array, "b s1"]) -> Float32[Array, ""]:
         """Mean loss of a batch, nats a token, by the recipe's forward and running calibration."""
-        model = nnx.merge(self.graph, params, stats, copy=True)
+        model = self._merge(params, stats)
         model.eval()
         return mean_loss(model, batch)
 
@@ -123,7 +161,7 @@ class Trainer:
         Returns:
             By layer path, then by measure (``jfp4.ops.health``), an array over stacked layers.
         """
-        model = nnx.merge(self.graph, params, stats, copy=True)
+        model = self._merge(params, stats)
         model.set_attributes(Linear, monitor=True)
         mean_loss(model, batch)
         seen = nnx.state(model, nnx.Intermediate)

@@ -41,8 +41,8 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype; parameters are float32."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Compute dtype; parameters are float32. float16 wants its loss scaled to be trained."""
 
     scan_layers: bool = True
     """Whether layers share one compiled body; written out, they compile longer and run faster."""

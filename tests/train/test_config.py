@@ -59,7 +59,7 @@ def test_json_brings_a_configuration_back(model, recipe):
         (["--steps=many"], "--steps: invalid literal for int() with base 10: 'many'"),
         (["--lr"], "Missing value for argument '--lr'"),
         (["--backend=gpu"], "invalid choice 'gpu' for argument '--backend'. Expected one of"),
-        (["--model.dtype=float16"], "Expected one of ('bfloat16', 'float32')"),
+        (["--model.dtype=float8"], "Expected one of ('bfloat16', 'float16', 'float32')"),
         (["--recipe.x_format=e9m9"], "invalid choice 'e9m9' for argument '--recipe.x_format'"),
         (["--model.num_heads=3"], "embed_dim=256 and num_heads=3; expected an even number"),
         (["--recipe.w_format=e4m3"], "the estimator is for 4-bit weights: set dge_k to None"),

@@ -1,0 +1,101 @@
+"""Rounding float32 to a narrow dtype, to nearest or stochastically, and the bits for the latter."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, UInt32
+
+_LEAST_BINADE = 2.0**-100
+"""Under it steps no longer shrink: reciprocals of them have to be normal float32 numbers."""
+
+
+def stochastic_key(*numbers: int | Array) -> UInt32[Array, ""]:
+    """Mixes integers, such as a seed, a step and a leaf's number, into a key; order counts."""
+    key = jnp.uint32(0)
+    for number in numbers:
+        key = mix(key + jnp.asarray(number).astype(jnp.uint32))
+    return key
+
+
+def random_bits(key: UInt32[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Random bits that are a function of (key, element index) alone.
+
+    Elementwise integer arithmetic, which XLA fuses into what uses it: bits of ``jax.random`` for a
+    stacked weight would be an array of their own, as large as the weight in float32. They are for
+    rounding, not for cryptography nor for sampling.
+
+    Rows and columns are hashed one after the other, so that an array may have over 2**32 elements;
+    within a row no two elements have the same bits.
+    """
+    *rows, n = shape or (1,)
+    row = lax.iota(jnp.uint32, math.prod(rows)).reshape(*rows, 1)
+    column = lax.broadcasted_iota(jnp.uint32, (*rows, n), len(rows))
+    return mix(mix(row + key) ^ column).reshape(shape)
+
+
+def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """A bijection of 32-bit integers in which every bit of ``x`` flips each of the result's.
+
+    C. Wellons's "triple32" (https://nullprogram.com/blog/2018/07/31/), with an odd constant added
+    first, or zero would be a fixed point. His cheaper "lowbias32" leaves the upper bits of
+    consecutive numbers uneven.
+    """
+    x = x + np.uint32(0x9E3779B9)
+    x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
+    x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)
+    x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
+    return x ^ (x >> 14)
+
+
+def round_to_dtype(
+    x: Float[Array, "..."],
+    dtype: jax.typing.DTypeLike,
+    bits: UInt32[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """Rounds float32 to a narrower dtype: to nearest, ties to even, or stochastically.
+
+    Stochastic rounding takes the upper neighbour (away from zero) with a probability of the
+    distance from the lower one, in steps, so that the mean is ``x``: exactly where that distance is
+    a multiple of 2**-24, as it is for every normal value of ``dtype``, and else within 2**-24.
+
+    Args:
+        x: values, converted to float32; under 2**-100 of bfloat16, steps stay 2**-107.
+        dtype: float16, bfloat16 or a float8 dtype.
+        bits: random bits of ``x``'s shape, of which the upper 24 count; None rounds to nearest.
+
+    Returns:
+        ``x``'s shape in ``dtype``. What exceeds the largest value is an infinity, or NaN in a dtype
+        that has none; NaN stays NaN.
+    """
+    info = jnp.finfo(dtype)
+    x = x.astype(jnp.float32)
+    magnitude = jnp.abs(x)
+    least = max(float(info.tiny), _LEAST_BINADE)
+    step = jnp.maximum(binade(magnitude), least) * np.float32(2.0**-info.nmant)
+    # The reciprocal of a power of two by its exponent: XLA would not fuse a division as freely.
+    exponent = lax.bitcast_convert_type(step, jnp.uint32)
+    inverse = lax.bitcast_convert_type(np.uint32(254 << 23) - exponent, jnp.float32)
+    steps = magnitude * inverse
+    if bits is None:
+        rounded = jnp.round(steps)
+    else:
+        below = jnp.floor(steps)
+        # Both sides are multiples of 2**-24 under one; int32, since not every back end converts
+        # unsigned integers by itself.
+        threshold = (bits >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
+        rounded = below + (threshold < steps - below).astype(jnp.float32)
+    # On the grid already, so that the cast is exact and a compiler may not undo it.
+    rounded = jnp.where(jnp.isfinite(x), jnp.copysign(rounded * step, x), x)
+    return rounded.astype(dtype)
+
+
+def binade(magnitude: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """The largest power of two that is at most ``magnitude``; zero for a subnormal.
+
+    NaN and infinity give infinity.
+    """
+    exponent = lax.bitcast_convert_type(magnitude, jnp.uint32) & np.uint32(0x7F800000)
+    return lax.bitcast_convert_type(exponent, jnp.float32)

@@ -1,0 +1,52 @@
+"""Updating stacked arrays in place, one slice of their leading axis after the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+
+def update_by_slices(step: Callable[..., Any], held: Any, stacked: Any, *inputs: Array) -> Any:
+    """Replaces ``held`` by what ``step`` makes of it, in the working memory of one slice.
+
+    The slice to be worked on is carried along, and the next one is read from what was just written.
+    So data flow alone orders all reads and writes of a stack, and no compiler has a reason to copy
+    one, as they do where several kernels read a buffer that one of them also writes.
+
+    Args:
+        step: ``step(i, held, *inputs)`` of slice i returns the new ``held`` of it.
+        held: a tree of arrays.
+        stacked: a tree of booleans: which of ``held`` are stacks of slices, all of one length. The
+            others are given to every slice as they are; what the last one makes of them is kept.
+        inputs: stacks that are read alone.
+
+    Returns:
+        The new ``held``; under ``jax.jit`` with donated arguments in its own memory.
+    """
+    arrays, tree = jax.tree.leaves(held), jax.tree.structure(held)
+    is_stack = jax.tree.leaves(stacked)
+    length = inputs[0].shape[0]
+
+    def read(stacks: list[Array], i: Array | int) -> list[Array]:
+        return [
+            lax.dynamic_index_in_dim(x, i, keepdims=False) if stack else x
+            for x, stack in zip(stacks, is_stack, strict=True)
+        ]
+
+    def body(i: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+        stacks, parts = carry
+        # What is not stacked, such as a count, is the same for every slice.
+        old = [part if stack else x for x, part, stack in zip(arrays, parts, is_stack, strict=True)]
+        read_alone = [lax.dynamic_index_in_dim(x, i, keepdims=False) for x in inputs]
+        new = jax.tree.leaves(step(i, jax.tree.unflatten(tree, old), *read_alone))
+        stacks = [
+            lax.dynamic_update_index_in_dim(x, part, i, 0) if stack else part
+            for x, part, stack in zip(stacks, new, is_stack, strict=True)
+        ]
+        return stacks, read(stacks, jnp.minimum(i + 1, length - 1))
+
+    stacks, _ = lax.fori_loop(0, length, body, (arrays, read(arrays, 0)))
+    return jax.tree.unflatten(tree, stacks)
