@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from jfp4.models.llama import Llama, split_params
-from jfp4.nn import Linear
+from jfp4.nn import Linear, Prepared
 from train.config import TrainConfig
 from train.optimizer import make_optimizer, schedule
 
@@ -84,13 +84,28 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, stats, opt_state), metrics
 
+    def prepare(self, params: Any, stats: Any) -> Any:
+        """Every quantised weight's codes, for all that a step computes with them."""
+        model = nnx.merge(self.graph, params, stats, copy=True)
+        model.prepare()
+        return nnx.state(model, Prepared)
+
+    def loss(
+        self, params: Any, prepared: Any, stats: Any, batch: Int32[Array, "b s1"]
+    ) -> tuple[Float32[Array, ""], Any]:
+        """Mean loss of a microbatch, nats a token, and the statistics after it."""
+        model = nnx.merge(self.graph, params, stats, copy=True)
+        nnx.update(model, prepared)
+        loss = mean_loss(model, batch)
+        _, *states = nnx.split(model, nnx.Param, Prepared, ...)
+        return loss, states[-1]
+
     def _gradient(self, state: TrainState, batch: Array) -> tuple[Array, Any, Any]:
         """Loss, new statistics and gradient, averaged over the microbatches."""
+        prepared = self.prepare(state.params, state.stats)
 
         def loss_of(params: Any, stats: Any, tokens: Array) -> tuple[Array, Any]:
-            model = nnx.merge(self.graph, params, stats, copy=True)
-            loss = mean_loss(model, tokens)
-            return loss, split_params(model)[2]
+            return self.loss(params, prepared, stats, tokens)
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         n = self.config.optimizer.accumulation
@@ -135,5 +150,4 @@ class Trainer:
 
 def mean_loss(model: Llama, batch: Int32[Array, "b s1"]) -> Float32[Array, ""]:
     """Mean cross-entropy of each next token, in nats."""
-    logits = model(batch[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+    return model.loss(batch[:, :-1], batch[:, 1:])

@@ -59,7 +59,7 @@ def test_the_results_have_the_same_bits(name, path):
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_bytes_of_both_layouts(name):
-    """Half a byte a weight in each layout, rows filled up; or a byte, where codes are not packed."""
+    """Half a byte a weight in each layout, rows filled up; a byte where codes are not packed."""
     recipe = SWITCHES[name]
     prepared = jax.eval_shape(lambda w: prepare(w, recipe), W)
     packed = recipe.w_format != "e4m3" and recipe.w_shift is None
