@@ -156,8 +156,13 @@ def to_bits(codes: Float[Array, "..."], format: str) -> UInt8[Array, "..."]:
 def from_bits(bits: UInt8[Array, "..."], format: str) -> Float[Array, "..."]:
     """Inverse of ``to_bits``: codes in the format's one-byte dtype; higher bits are ignored."""
     f = _four_bit(format)
-    table = np.concatenate([f.grid, -f.grid]).astype(f.dtype)
-    return jnp.take(jnp.asarray(table), (bits & 15).astype(jnp.int32))
+    patterns = f.grid.astype(f.dtype).view(np.uint8)
+    index, byte = bits & 7, (bits & 8) << 4
+    # Patterns ascend with their values. Sums of steps are fused into what reads them, as a table
+    # that is looked up would not be.
+    for i, step in enumerate(np.diff(patterns), start=1):
+        byte += jnp.where(index >= i, step, np.uint8(0))
+    return lax.bitcast_convert_type(byte, f.dtype)
 
 
 def pack(codes: Float[Array, "*b n"], format: str = "e2m1") -> UInt8[Array, "*b p"]:

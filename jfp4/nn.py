@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jfp4.ops.calibration import Calibration, calibrate
 from jfp4.ops.health import health
 from jfp4.ops.linear import linear
+from jfp4.ops.prepare import prepare
 from jfp4.recipe import Recipe, get_recipe
 
 M = TypeVar("M", bound=nnx.Module)
@@ -21,6 +22,10 @@ MOMENTUM = 0.9
 
 class CalibrationStat(nnx.Variable):
     """Running clamp thresholds and means, kept with the model for evaluation."""
+
+
+class Prepared(nnx.Variable):
+    """A layer's weight, quantised ahead of the calls that multiply by it."""
 
 
 class Linear(nnx.Linear):
@@ -76,6 +81,18 @@ class Linear(nnx.Linear):
         self.lo = nnx.data(CalibrationStat(lo) if occ else None)
         self.hi = nnx.data(CalibrationStat(hi) if occ else None)
         self.mean = nnx.data(CalibrationStat(zeros) if mean else None)
+        if hasattr(self, "prepared"):
+            del self.prepared
+
+    def prepare(self) -> None:
+        """Quantises the weight once for all calls, until the next ``prepare``.
+
+        For a computation in which the weight does not change, such as a step of training with its
+        microbatches and its recomputations: what comes of it has the same bits, and the gradient
+        flows to ``kernel`` as before. A call after the kernel has changed would not see the change.
+        """
+        if self.recipe.quantizes:
+            self.prepared = Prepared(prepare(self.kernel[...], self.recipe))
 
     def __call__(self, inputs: Float[Array, "*b k"], out_sharding: Any = None) -> Array:
         """Applies the layer along the last axis: [..., in_features] to [..., out_features]."""
@@ -95,7 +112,9 @@ class Linear(nnx.Linear):
         if self.monitor:
             # As ``sow`` would leave it, but of this call alone: the state keeps its shape.
             self.health = nnx.Intermediate((health(tokens, kernel, self.recipe, calibration),))
-        return linear(x, kernel, self.recipe, bias=bias, calibration=calibration)
+        # There only once it is made, as nnx.update has it of what a call adds.
+        prepared = self.prepared.get_value() if hasattr(self, "prepared") else None
+        return linear(x, kernel, self.recipe, bias=bias, calibration=calibration, prepared=prepared)
 
     def _running(self) -> Calibration:
         lo, hi, mean = (

@@ -603,3 +603,21 @@ def test_a_stacked_layer_has_stacked_statistics():
 
 def test_converting_twice_alike_is_converting_once():
     assert snapshot(convert(convert(block()))) == snapshot(convert(block()))
+
+
+def test_a_prepared_weight_is_used_until_another_recipe():
+    layer = jfp4.nn.Linear(8, 6, recipe="fp4_cast", rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
+    expected = layer(x)
+    layer.prepare()
+    np.testing.assert_array_equal(layer(x), expected)
+    layer.kernel[...] = layer.kernel[...] * 3
+    np.testing.assert_array_equal(layer(x), expected)  # it is not looked at
+    layer.prepare()
+    changed = layer(x)
+    assert np.any(changed != expected)
+    layer.set_recipe("fp8")
+    assert np.any(layer(x) != changed)
+    layer.set_recipe("bf16")
+    layer.prepare()
+    assert not nnx.to_flat_state(nnx.state(layer, jfp4.nn.Prepared))

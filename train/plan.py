@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import psutil
+from jax.extend.core import Var
 from jax.stages import Compiled
 from rich.console import Console
 from rich.table import Table
 
+from jfp4.ops.cross_entropy import chunk_size
+from train.config import TrainConfig
 from train.step import Trainer
 
 GIB = 2.0**30
@@ -23,17 +26,21 @@ class Plan:
         parameters: number of parameters.
         weights: bytes of the master weights.
         optimizer: bytes of the optimizer's state.
-        gradients: bytes of the gradient.
+        prepared: bytes of the weights' codes, which stand while gradients are computed.
+        gradients: bytes of the gradient, and of the sum of those before it where a step has
+            several microbatches.
         activations: bytes of everything else that the step needs at its peak.
         device_bytes: what the device has.
         device: the device's name.
-        compiled: whether the compiler said so; otherwise it is an estimate from shapes, made
-            where weights, state and gradient alone already exceed the device.
+        compiled: whether the compiler said so, for this machine's default device, with the
+            back end that is asked for; otherwise it is an estimate from shapes, made where all
+            but the activations already exceed the device.
     """
 
     parameters: int
     weights: int
     optimizer: int
+    prepared: int
     gradients: int
     activations: int
     device_bytes: int
@@ -43,7 +50,12 @@ class Plan:
     @property
     def total(self) -> int:
         """Peak bytes of a step."""
-        return self.weights + self.optimizer + self.gradients + self.activations
+        return self.fixed + self.activations
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that the batch has no part in."""
+        return self.weights + self.optimizer + self.prepared + self.gradients
 
     @property
     def fits(self) -> bool:
@@ -60,6 +72,7 @@ class Plan:
         for what, size in (
             ("weights", self.weights),
             ("optimizer state", self.optimizer),
+            ("weights' codes", self.prepared),
             ("gradients", self.gradients),
             ("activations and workspace", self.activations),
             ("together", self.total),
@@ -89,18 +102,20 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
     weights = _bytes(state.params) + _bytes(state.stats)
     device_bytes, device = device_memory()
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    fixed = Plan(
+    microbatches = trainer.config.optimizer.accumulation
+    plan = Plan(
         parameters=parameters,
         weights=weights,
         optimizer=_bytes((state.opt_state, state.loss_scale)),
-        gradients=_bytes(state.params),
-        activations=_estimated_activations(trainer),
+        prepared=_bytes(jax.eval_shape(trainer.prepare, state.params, state.stats)),
+        gradients=_bytes(state.params) * min(microbatches, 2),
+        activations=0,
         device_bytes=device_bytes,
         device=device,
         compiled=False,
     )
-    if fixed.total - fixed.activations > device_bytes:
-        return fixed, None
+    if plan.fixed > device_bytes:
+        return dataclasses.replace(plan, activations=estimated_activations(trainer.config)), None
     compiled = jax.jit(trainer.step, donate_argnums=0).lower(state, trainer.batch_shape()).compile()
     memory: Any = compiled.memory_analysis()
     peak = (
@@ -109,13 +124,41 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    # The compiler's temporaries hold the gradient too, though not always all of it at once.
-    rest = max(peak - weights - fixed.optimizer, 0)
-    gradients = min(fixed.gradients, rest)
+    # The compiler's temporaries hold the codes and the gradient too, though not always all of
+    # them at once.
+    rest = max(peak - weights - plan.optimizer, 0)
+    prepared = min(plan.prepared, rest)
+    gradients = min(plan.gradients, rest - prepared)
     plan = dataclasses.replace(
-        fixed, gradients=gradients, activations=rest - gradients, compiled=True
+        plan,
+        prepared=prepared,
+        gradients=gradients,
+        activations=rest - prepared - gradients,
+        compiled=True,
     )
     return plan, compiled
+
+
+def kept_bytes(config: TrainConfig) -> int:
+    """Bytes that a microbatch's forward keeps for its backward, by JAX's own account of it.
+
+    Not counted is what is there anyway: parameters, statistics, the weights' codes and the batch.
+    """
+    trainer = Trainer(config)
+    state, batch = trainer.abstract_state(), trainer.batch_shape()
+    prepared = jax.eval_shape(trainer.prepare, state.params, state.stats)
+    rows = batch.shape[0] // config.optimizer.accumulation
+    batch = jax.ShapeDtypeStruct((rows, *batch.shape[1:]), batch.dtype)
+
+    def residuals(params: Any, prepared: Any, stats: Any, batch: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return trainer.loss(params, prepared, stats, batch)
+
+        return jax.tree.leaves(jax.vjp(loss, params, has_aux=True)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(state.params, prepared, state.stats, batch).jaxpr
+    kept = {v for v in jaxpr.outvars if isinstance(v, Var)} - {*jaxpr.invars, *jaxpr.constvars}
+    return _bytes([v.aval for v in kept])
 
 
 def device_memory() -> tuple[int, str]:
@@ -152,17 +195,19 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _estimated_activations(trainer: Trainer) -> int:
-    """Bytes kept for the backward, by counting what each layer saves a token.
+def estimated_activations(config: TrainConfig) -> int:
+    """Bytes that the batch has a part in, from shapes alone.
 
-    Eight streams of the embedding width and four of the MLP's in the compute dtype, codes of
-    the four products' inputs at a byte, and the logits in float32 with their gradient.
+    What is kept for the backward; what a layer would keep whose backward is computed, where remat
+    makes it anew; and a chunk's logits with their gradient, or all of a head that is quantised.
     """
-    c, model = trainer.config, trainer.config.llama
-    tokens = c.batch_size // c.optimizer.accumulation * c.seq_len
-    width = 4 if model.dtype == "float32" else 2
-    streams = 8 * model.embed_dim + 4 * model.mlp_dim
-    codes = 3 * model.embed_dim + model.mlp_dim if c.quantization.quantizes else 0
-    kept = {"none": streams * width + codes, "codes": codes + streams * width // 2, "full": 0}
-    a_layer = kept[model.remat] + model.embed_dim * width
-    return tokens * (a_layer * model.num_layers + 8 * model.vocab_size)
+    model, n = config.llama, config.optimizer.accumulation
+    bare = dataclasses.replace(model, remat="none")
+    one, two = (
+        kept_bytes(dataclasses.replace(config, llama=dataclasses.replace(bare, num_layers=layers)))
+        for layers in (1, 2)
+    )
+    a_layer = two - one if model.remat != "none" else 0
+    tokens = config.batch_size // n * config.seq_len
+    chunk = chunk_size(tokens, model.vocab_size, model.loss_chunk)
+    return kept_bytes(config) + a_layer + 8 * chunk * model.vocab_size

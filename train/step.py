@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from jfp4 import master
 from jfp4.models.llama import Llama, split_params
-from jfp4.nn import Linear
+from jfp4.nn import Linear, Prepared
 from jfp4.optim import norm_and_finite
 from train.config import TrainConfig
 from train.loss_scale import LossScale
@@ -85,15 +84,16 @@ class Trainer:
         """
         scale = state.loss_scale
         loss, stats, grads = self._gradient(state, batch)
-        params, opt_state, grad_norm = master.apply_gradients(
-            self.optimizer,
-            state.params,
-            state.opt_state,
-            grads,
-            scale=1.0 if scale is None else 1 / scale.value,
-            seed=self.config.seed,
-            step=state.step,
-        )
+        with jax.named_scope("optimizer"):
+            params, opt_state, grad_norm = master.apply_gradients(
+                self.optimizer,
+                state.params,
+                state.opt_state,
+                grads,
+                scale=1.0 if scale is None else 1 / scale.value,
+                seed=self.config.seed,
+                step=state.step,
+            )
         finite = opt_state.last_finite
         stats = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stats, state.stats)
         metrics = {
@@ -111,17 +111,33 @@ class Trainer:
             metrics["overflowed"] = ~norm_and_finite(params)[1]
         return TrainState(state.step + 1, params, stats, opt_state, scale), metrics
 
+    def prepare(self, params: Any, stats: Any) -> Any:
+        """Every quantised weight's codes, for all that a step computes with them."""
+        model = self._merge(params, stats)
+        model.prepare()
+        return nnx.state(model, Prepared)
+
+    def loss(
+        self, params: Any, prepared: Any, stats: Any, batch: Int32[Array, "b s1"]
+    ) -> tuple[Float32[Array, ""], Any]:
+        """Mean loss of a microbatch, nats a token, and the statistics after it."""
+        model = self._merge(params, stats)
+        nnx.update(model, prepared)
+        loss = mean_loss(model, batch)
+        _, *states = nnx.split(model, nnx.Param, Prepared, ...)
+        return loss, states[-1]
+
     def _gradient(self, state: TrainState, batch: Array) -> tuple[Array, Any, Any]:
         """Loss, new statistics and gradient, averaged over the microbatches.
 
         The gradient has the dtypes of the stored parameters and is that of the scaled loss.
         """
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+        prepared = self.prepare(state.params, state.stats)
 
         def loss_of(params: Any, stats: Any, tokens: Array) -> tuple[Array, Any]:
-            model = self._merge(params, stats)
-            loss = mean_loss(model, tokens)
-            return loss * scale, (loss, split_params(model)[2])
+            loss, stats = self.loss(params, prepared, stats, tokens)
+            return loss * scale, (loss, stats)
 
         def gradient(params: Any, stats: Any, tokens: Array) -> tuple[Any, Any]:
             grads, aux = jax.grad(loss_of, has_aux=True)(params, stats, tokens)
@@ -144,8 +160,10 @@ class Trainer:
         return carry
 
     def _merge(self, params: Any, stats: Any) -> Llama:
-        """The model of stored parameters."""
-        return nnx.merge(self.graph, jax.tree.map(master.decode, params), stats, copy=True)
+        """The model of stored parameters, which it decodes a layer at a time."""
+        model = nnx.merge(self.graph, params, stats, copy=True)
+        model.load = decode
+        return model
 
     def evaluate(self, params: Any, stats: Any, batch: Int32[Array, "b s1"]) -> Float32[Array, ""]:
         """Mean loss of a batch, nats a token, by the recipe's forward and running calibration."""
@@ -171,7 +189,11 @@ class Trainer:
         }
 
 
+def decode(params: Any) -> Any:
+    """A tree of parameters as they are computed with: bfloat16 needs no decoding."""
+    return jax.tree.map(lambda p: p if p.dtype == jnp.bfloat16 else master.decode(p), params)
+
+
 def mean_loss(model: Llama, batch: Int32[Array, "b s1"]) -> Float32[Array, ""]:
     """Mean cross-entropy of each next token, in nats."""
-    logits = model(batch[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+    return model.loss(batch[:, :-1], batch[:, 1:])

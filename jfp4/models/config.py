@@ -47,8 +47,11 @@ class LlamaConfig:
     scan_layers: bool = True
     """Whether layers share one compiled body; written out, they compile longer and run faster."""
 
-    remat: Literal["none", "codes", "full"] = "none"
-    """What the backward recomputes of each layer: nothing; all but FP4 codes and products; all."""
+    remat: Literal["none", "codes", "products", "qkv", "full"] = "none"
+    """What is kept of a layer for the backward: all; codes and products; products; qkv; nothing."""
+
+    loss_chunk: int | None = None
+    """Most tokens whose logits stand at a time in training; None: as many as take 256 MiB."""
 
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention implementation; auto is cudnn on a GPU with bfloat16, and xla elsewhere."""
@@ -60,6 +63,8 @@ class LlamaConfig:
         ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}; expected a positive number")
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise ValueError(f"loss_chunk={self.loss_chunk}; expected a positive number or None")
         if self.embed_dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"embed_dim={self.embed_dim} and num_heads={self.num_heads}; expected an even "

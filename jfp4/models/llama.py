@@ -1,18 +1,54 @@
 """The Llama decoder in flax.nnx, its layers stacked under scan."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int
 
 from jfp4.models.config import LlamaConfig
-from jfp4.nn import CalibrationStat, convert
-from jfp4.ops.linear import save_codes
+from jfp4.nn import CalibrationStat, Linear, Prepared, convert
+from jfp4.ops.cross_entropy import cross_entropy, cross_entropy_of_logits
+from jfp4.ops.linear import CODES_NAME
 from jfp4.recipe import Recipe, get_recipe
 
+M = TypeVar("M", bound=nnx.Module)
+
 INIT_STD = 0.02
+
+_WRITTEN = (CalibrationStat, nnx.Intermediate)
+"""What a call leaves in the model."""
+
+_QKV, _PRODUCTS = "llama_qkv", "llama_product"
+
+_save = jax.checkpoint_policies.save_only_these_names
+REMAT: dict[str, Callable[..., Any]] = {
+    "codes": _save(CODES_NAME, _QKV, _PRODUCTS),
+    "products": _save(_QKV, _PRODUCTS),
+    "qkv": _save(_QKV),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What ``LlamaConfig.remat`` keeps of a layer for the backward, as policies of jax.checkpoint.
+
+Bytes a token a layer in bfloat16, with d the embed_dim, m the mlp_dim and as many key heads as
+query heads; of 13b (d = 5120, m = 13824); and what of fprop is computed again:
+
+    codes     13 d + 5 m + 16   135,696   norms, attention, the activation
+    products  10 d + 4 m        106,496   these and the quantisers of activations
+    qkv        8 d               40,960   these and two of four products, 53% of the multiplications
+    full       2 d               10,240   these and a third product, 78%
+
+The stream itself is 2 d of each. Every product takes as many bytes for what it saves, so which of
+them are kept is a matter of how many fit. The codes are a byte an activation. Packed, those
+without outliers would be 0.5, which is a ninth of what codes keeps, for two passes over them in
+every backward; those with outliers (2% in the paper's recipe), with a list of these at five bytes
+each, 0.6, and a list has a length that is not known. Where that is wanted, products keeps neither.
+
+Keeping what attention gave would save nothing: its own backward needs more of its forward.
+"""
 
 
 class Llama(nnx.Module):
@@ -26,6 +62,11 @@ class Llama(nnx.Module):
         layers: one ``Block`` whose parameters have a leading layer axis.
         norm: the last RMSNorm.
         lm_head: output projection, or None where the embedding serves.
+        load: makes of a State of parameters as they are stored those that are computed with,
+            float32; it is applied to a layer's slice inside the scan over layers, and to the
+            embedding, the last norm and the head by themselves, so that a decoded copy of them all
+            never stands (unless ``config.remat`` is none: the backward then keeps what it gave).
+            Gradients are those of the stored form.
     """
 
     def __init__(
@@ -33,6 +74,7 @@ class Llama(nnx.Module):
     ) -> None:
         recipe = get_recipe(recipe)
         self.config = config
+        self.load: Callable[[Any], Any] = as_stored
         self.embed = nnx.Embed(
             config.vocab_size,
             config.embed_dim,
@@ -63,29 +105,84 @@ class Llama(nnx.Module):
         Raises:
             ValueError: ``tokens`` is not a matrix of integers.
         """
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens is {tokens.dtype}{list(tokens.shape)}; expected [b, s] integers"
-            )
-        x = self.norm(self._decode(self.embed(tokens)))
-        logits = self.embed.attend(x) if self.lm_head is None else self.lm_head(x)
-        return logits.astype(jnp.float32)
+        return self._logits(self._decode(tokens)).astype(jnp.float32)
 
-    def _decode(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    def loss(self, tokens: Int[Array, "b s"], targets: Int[Array, "b s"]) -> Float32[Array, ""]:
+        """Mean cross-entropy of ``targets`` under the logits of ``tokens``, in nats.
+
+        The logits are those of a call, but stand for ``config.loss_chunk`` tokens at a time
+        (``cross_entropy``), in the backward as well. A quantised head takes all tokens at once: its
+        thresholds and its gradient's scales are of the tensor that it is given, so that chunks
+        would have other ones.
+
+        Raises:
+            ValueError: ``tokens`` or ``targets`` is not a matrix of integers, or
+                ``config.loss_chunk`` asks for chunks of a quantised head.
+        """
+        check_tokens(targets, "targets")
+        x = self._decode(tokens)
+        chunk = self.config.loss_chunk
+        if isinstance(self.lm_head, Linear) and self.lm_head.recipe.quantizes:
+            if chunk is not None and chunk < tokens.size:
+                raise ValueError(
+                    f"loss_chunk={chunk} with {tokens.size} tokens and a quantised lm_head; "
+                    "expected None: its scales are those of all tokens"
+                )
+            return cross_entropy_of_logits(self._logits(x), targets)
+        x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        return cross_entropy(x, self._head_weight(), targets, chunk=chunk)
+
+    def prepare(self) -> None:
+        """Quantises every layer's weight once for all calls; see ``jfp4.nn.Linear.prepare``."""
+        graph, params, rest = split_params(self.layers)
+
+        def layer(states: tuple[Any, Any]) -> Any:
+            params, rest = states
+            block = nnx.merge(graph, self.load(params), rest)
+            _prepare_linears(block)
+            return nnx.state(block, Prepared)
+
+        # A layer at a time: so no more than one stands decoded, or in bytes.
+        nnx.update(self.layers, jax.lax.map(layer, (params, rest)))
+        if self.lm_head is not None:
+            head = self._loaded(self.lm_head)
+            _prepare_linears(head)
+            nnx.update(self.lm_head, nnx.state(head, Prepared))
+
+    def _decode(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        check_tokens(tokens, "tokens")
+        x = self._loaded(self.embed)(tokens)
         sin_cos = rotary_angles(x.shape[1], self.config.head_dim, self.config.rope_theta)
         graph, params, rest = split_params(self.layers)
 
         def layer(x: Array, states: tuple[Any, Any]) -> tuple[Array, Any]:
-            block = nnx.merge(graph, *states)
+            params, rest = states
+            block = nnx.merge(graph, self.load(params), rest)
             x = block(x, sin_cos)
-            return x, nnx.state(block, (CalibrationStat, nnx.Intermediate))
+            return x, nnx.state(block, _WRITTEN)
 
         if self.config.remat != "none":
-            policy = save_codes if self.config.remat == "codes" else None
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=REMAT[self.config.remat], prevent_cse=False)
         x, written = jax.lax.scan(layer, x, (params, rest), unroll=not self.config.scan_layers)
         nnx.update(self.layers, written)
-        return x
+        return self._loaded(self.norm)(x)
+
+    def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
+        if self.lm_head is None:
+            return self._loaded(self.embed).attend(x)
+        head = self._loaded(self.lm_head)
+        logits = head(x)
+        nnx.update(self.lm_head, nnx.state(head, _WRITTEN))
+        return logits
+
+    def _head_weight(self) -> Float[Array, "d v"]:
+        if self.lm_head is None:
+            return self._loaded(self.embed).embedding[...].T
+        return self._loaded(self.lm_head).kernel[...]
+
+    def _loaded(self, module: M) -> M:
+        graph, params, rest = split_params(module)
+        return nnx.merge(graph, self.load(params), rest)
 
 
 class Block(nnx.Module):
@@ -129,13 +226,13 @@ class Attention(nnx.Module):
         """Attends over the sequence; every position to itself and those before."""
         c = self.config
         b, s, _ = x.shape
-        qkv = self.qkv_proj(x).reshape(b, s, c.num_kv_heads, -1, c.head_dim)
+        qkv = checkpoint_name(self.qkv_proj(x), _QKV).reshape(b, s, c.num_kv_heads, -1, c.head_dim)
         q = rotate(qkv[..., :-2, :].reshape(b, s, c.num_heads, c.head_dim), sin_cos)
         k = rotate(qkv[..., -2, :], sin_cos)
         y = jax.nn.dot_product_attention(
             q, k, qkv[..., -1, :], is_causal=True, implementation=attention_implementation(c)
         )
-        return self.o_proj(y.reshape(b, s, -1))
+        return checkpoint_name(self.o_proj(y.reshape(b, s, -1)), _PRODUCTS)
 
 
 class MLP(nnx.Module):
@@ -155,9 +252,20 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """Applies the layer to every position."""
-        y = self.gate_up_proj(x)
+        y = checkpoint_name(self.gate_up_proj(x), _PRODUCTS)
         y = y.reshape(*y.shape[:-1], -1, 2)
         return self.down_proj(jax.nn.silu(y[..., 0]) * y[..., 1])
+
+
+def _prepare_linears(module: nnx.Module) -> None:
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, Linear):
+            layer.prepare()
+
+
+def as_stored(params: Any) -> Any:
+    """The ``load`` of a model whose parameters are stored as they are computed with."""
+    return params
 
 
 def split_params(module: nnx.Module) -> tuple[Any, Any, Any]:
@@ -165,6 +273,12 @@ def split_params(module: nnx.Module) -> tuple[Any, Any, Any]:
     graph, *states = nnx.split(module, nnx.Param, ...)
     params, rest = states
     return graph, params, rest
+
+
+def check_tokens(tokens: Array, name: str) -> None:
+    """Raises ValueError, naming the argument, unless ``tokens`` is a matrix of integers."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"{name} is {tokens.dtype}{list(tokens.shape)}; expected [b, s] integers")
 
 
 def attention_implementation(config: LlamaConfig) -> Literal["xla", "cudnn"]:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jfp4.ops.calibration import Calibration
-from jfp4.ops.linear import quantize_activation, quantize_weight
+from jfp4.ops.linear import quantize_activation
+from jfp4.ops.prepare import quantize_weight
 from jfp4.recipe import Recipe
 
 

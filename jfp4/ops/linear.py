@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32
 from jfp4.ops.calibration import Calibration, calibrate
 from jfp4.ops.gemm import Slope, gemm
 from jfp4.ops.outliers import clamp, quantize_compensated, quantize_compensated_both
+from jfp4.ops.prepare import PreparedWeight, quantize_weight, quantize_weight_both, unpacked
 from jfp4.ops.quantize import (
     check_float,
     quantize,
@@ -30,7 +31,7 @@ from jfp4.ops.quantize import (
     quantize_gradient,
     to_float32,
 )
-from jfp4.qtensor import QTensor
+from jfp4.qtensor import PackedQTensor, QTensor
 from jfp4.recipe import Recipe, get_recipe
 
 CODES_NAME, PRODUCT_NAME = "jfp4_codes", "jfp4_product"
@@ -49,6 +50,7 @@ def linear(
     *,
     bias: Float[Array, " n"] | None = None,
     calibration: Calibration | None = None,
+    prepared: PreparedWeight | None = None,
 ) -> Float[Array, "*b n"]:
     """``x @ w + bias`` with the recipe's quantisation, differentiable in x, w and bias.
 
@@ -60,14 +62,16 @@ def linear(
         bias: added after the product, in float32.
         calibration: clamp thresholds and mean to use in place of ``x``'s own (``calibrate``); with
             them each token's result is independent of the others.
+        prepared: what ``prepare(w, recipe)`` gave, to use in place of quantising ``w`` here. The
+            gradient flows to ``w`` all the same, whose values before rounding the estimator reads.
 
     Returns:
         The layer's output in ``x``'s dtype.
 
     Raises:
         TypeError: ``x`` or ``w`` is not an array of floats.
-        ValueError: shapes that do not fit, an unknown recipe, or a calibration that lacks what the
-            recipe needs.
+        ValueError: shapes that do not fit, an unknown recipe, a calibration that lacks what the
+            recipe needs, or a prepared weight of another shape or format.
     """
     recipe = get_recipe(recipe)
     _check_shapes(x, w, bias)
@@ -78,7 +82,8 @@ def linear(
     if calibration is None:
         calibration = calibrate(tokens, recipe)
     _check_calibration(calibration, recipe, w.shape[0])
-    y = _linear(recipe, tokens, w, bias, calibration)
+    _check_prepared(prepared, recipe, w.shape)
+    y = _linear(recipe, tokens, w, bias, calibration, prepared)
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
@@ -93,12 +98,6 @@ def quantize_activation(
     """
     (q,), residual = _quantize_activation(x, recipe, calibration, both=False)
     return q, residual
-
-
-def quantize_weight(w: Float[Array, "k n"], recipe: Recipe) -> QTensor:
-    """Quantises a weight as the recipe says."""
-    assert recipe.w_format is not None
-    return quantize(w, _w_axis(recipe), format=recipe.w_format, shift=recipe.w_shift)
 
 
 def _quantize_activation(
@@ -137,43 +136,58 @@ def _quantize_activation(
     return operands, residual if recipe.occ_compensation == "residual" else None
 
 
-def _w_axis(recipe: Recipe) -> int | None:
-    return 0 if recipe.w_scale == "channel" else None
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(
-    recipe: Recipe, x: Array, w: Array, bias: Array | None, calibration: Calibration
+    recipe: Recipe,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    calibration: Calibration,
+    prepared: PreparedWeight | None,
 ) -> Array:
     xq, residual = quantize_activation(x, recipe, calibration)
-    return _product(xq, quantize_weight(w, recipe), residual, bias, x.dtype)
+    wq = quantize_weight(w, recipe) if prepared is None else prepared.fprop
+    return _product(xq, wq, residual, bias, x.dtype)
 
 
 def _fprop(
-    recipe: Recipe, x: Array, w: Array, bias: Array | None, calibration: Calibration
+    recipe: Recipe,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    calibration: Calibration,
+    prepared: PreparedWeight | None,
 ) -> tuple[Array, tuple[Any, ...]]:
-    assert recipe.w_format is not None
-    # Contiguous along each product's contraction: fprop reads xq and wq_t, wgrad xq_t, dgrad wq.
+    # Contiguous along each product's contraction: fprop reads xq, wgrad xq_t.
     (xq, xq_t), residual = _quantize_activation(x, recipe, calibration, both=True)
-    wq, wq_t = quantize_both(w, _w_axis(recipe), format=recipe.w_format, shift=recipe.w_shift)
-    xq_t, wq, residual = checkpoint_name((xq_t, wq, residual), CODES_NAME)
-    y = checkpoint_name(_product(xq, wq_t.T, residual, bias, x.dtype), PRODUCT_NAME)
-    # Of x only the dtype is kept; w is the parameter itself, which lives through the step anyway.
+    xq_t, residual = checkpoint_name((xq_t, residual), CODES_NAME)
+    if prepared is None:
+        prepared = quantize_weight_both(w, recipe)
+        prepared = dataclasses.replace(prepared, dgrad=checkpoint_name(prepared.dgrad, CODES_NAME))
+    y = checkpoint_name(_product(xq, prepared.fprop, residual, bias, x.dtype), PRODUCT_NAME)
+    # Of x, and of what no slope needs, only the dtype is kept; a w that is kept is the parameter
+    # itself, which lives through the step anyway.
+    kept_w = jnp.empty(0, w.dtype) if recipe.dge_k is None else w
     dtypes = (jnp.empty(0, x.dtype), None if bias is None else jnp.empty(0, bias.dtype))
-    return y, (xq_t, residual, wq, w, calibration, dtypes)
+    return y, (xq_t, residual, prepared.dgrad, kept_w, calibration, dtypes)
 
 
 def _product(
-    xq: QTensor, wq: QTensor, residual: Array | None, bias: Array | None, dtype: Any
+    xq: QTensor,
+    wq: QTensor | PackedQTensor,
+    residual: Array | None,
+    bias: Array | None,
+    dtype: Any,
 ) -> Array:
     if residual is None:
         return gemm(xq, wq, bias=bias, out_dtype=dtype)
     y = gemm(xq, wq, bias=bias)
-    return (y + _matmul(residual, wq.dequantize())).astype(dtype)
+    return (y + _matmul(residual, unpacked(wq).dequantize())).astype(dtype)
 
 
 def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     xq_t, residual, wq, w, calibration, (x_like, bias_like) = saved
+    wq = unpacked(wq)
     for_dgrad, for_wgrad = _fold_and_quantize(recipe, dy, xq_t, wq)
     dy = dy.astype(jnp.float32)
     dx = _dgrad(dy, for_dgrad, wq, x_like.dtype)
@@ -184,7 +198,7 @@ def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, .
         slope = Slope(centred, wq.scale, wq.format, recipe.dge_k, recipe.dge_cap)
     dw = _wgrad(dy, for_wgrad, xq_t, residual, slope, w.dtype)
     dbias = None if bias_like is None else jnp.sum(dy, axis=0).astype(bias_like.dtype)
-    return dx, dw, dbias, jax.tree.map(jnp.zeros_like, calibration)
+    return dx, dw, dbias, jax.tree.map(jnp.zeros_like, calibration), None
 
 
 _linear.defvjp(_fprop, _backward)
@@ -270,3 +284,16 @@ def _check_calibration(calibration: Calibration, recipe: Recipe, k: int) -> None
     if recipe.x_shift == "mean" and (calibration.mean is None or calibration.mean.shape != (1, k)):
         shape = None if calibration.mean is None else calibration.mean.shape
         raise ValueError(f"calibration.mean has shape {shape}; expected (1, {k})")
+
+
+def _check_prepared(
+    prepared: PreparedWeight | None, recipe: Recipe, shape: tuple[int, ...]
+) -> None:
+    if prepared is None:
+        return
+    found = {(q.shape, q.format) for q in (prepared.fprop, prepared.dgrad)}
+    if found != {(shape, recipe.w_format)}:
+        raise ValueError(
+            f"prepared has shape {prepared.fprop.shape} in {prepared.fprop.format!r}; expected "
+            f"{shape} in {recipe.w_format!r}, those of w and the recipe"
+        )

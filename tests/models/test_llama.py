@@ -15,6 +15,7 @@ from jfp4.models.config import MODELS, LlamaConfig
 from jfp4.models.llama import (
     INIT_STD,
     MLP,
+    REMAT,
     Attention,
     Llama,
     attention_implementation,
@@ -22,7 +23,7 @@ from jfp4.models.llama import (
     rotate,
     split_params,
 )
-from jfp4.nn import CalibrationStat, Linear
+from jfp4.nn import CalibrationStat, Linear, Prepared
 from jfp4.recipe import RECIPES, Recipe
 
 U = 2.0**-24  # float32's unit roundoff
@@ -65,21 +66,30 @@ def loss_of(model, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-def gradient_function(config, recipe):
+def gradient_function(config, recipe, prepared=False):
     """Parameters, and the pure function of them that gives loss, statistics and gradients."""
     graph, params, rest = split_params(make(config, recipe, scale=5))
 
-    def loss(params):
+    def loss(params, codes):
         model = nnx.merge(graph, params, rest, copy=True)
+        nnx.update(model, codes)
         return loss_of(model, TOKENS), nnx.state(model, CalibrationStat)
 
-    return params, jax.value_and_grad(loss, has_aux=True)
+    def function(params):
+        codes = nnx.State({})
+        if prepared:
+            model = nnx.merge(graph, params, rest, copy=True)
+            model.prepare()
+            codes = nnx.state(model, Prepared)
+        return jax.value_and_grad(loss, has_aux=True)(params, codes)
+
+    return params, function
 
 
 @functools.cache
-def results(recipe, **kwargs):
+def results(recipe, prepared=False, **kwargs):
     """Loss, statistics and gradients of the tiny model as configured by ``kwargs``."""
-    params, function = gradient_function(change(TINY, **kwargs), recipe)
+    params, function = gradient_function(change(TINY, **kwargs), recipe, prepared)
     (loss, stats), grads = jax.jit(function, compiler_options=QUICK)(params)
     pure = nnx.to_pure_dict(grads), nnx.to_pure_dict(stats)
     return float(loss), *(jax.tree.map(np.asarray, tree) for tree in pure)
@@ -313,6 +323,8 @@ def test_attention_implementation(monkeypatch):
 VARIANTS = {
     "unrolled": {"scan_layers": False},
     "codes": {"remat": "codes"},
+    "products": {"remat": "products"},
+    "qkv": {"remat": "qkv"},
     "full": {"remat": "full"},
 }
 
@@ -340,25 +352,29 @@ def test_scan_and_remat_change_nothing(recipe, name):
 def test_what_remat_recomputes():
     """Of 12 code products a layer, full recomputes all of fprop whose result is looked at again.
 
-    That is three of four, since nothing needs what down_proj gave; and the quantisers of all four,
-    two operands each. With the codes and products saved, the two products of attention are left.
+    That is three of four, since nothing needs what down_proj gave, and two with qkv_proj's kept;
+    and the quantisers of all four, of both operands, or of one where weights are prepared. With
+    the codes and products saved, the two products of attention are left.
     """
-    counts = {}
-    for remat in ("none", "codes", "full"):
-        params, function = gradient_function(change(TINY, remat=remat), FP4)
-        jaxpr = jax.make_jaxpr(function)(params)
-        names = list(primitives(jaxpr.jaxpr))
-        text = str(jaxpr)
-        counts[remat] = (
-            text.count("platform_index"),  # one each time codes are multiplied
-            text.count("new_dtype=float8_e4m3fn"),  # one a quantiser of x or w
-            names.count("dot_general"),
-        )
+    counts, prepared_counts = {}, {}
+    for remat in ("none", *REMAT):
+        for prepared, found in ((False, counts), (True, prepared_counts)):
+            params, function = gradient_function(change(TINY, remat=remat), FP4, prepared)
+            jaxpr = jax.make_jaxpr(function)(params)
+            names = list(primitives(jaxpr.jaxpr))
+            text = str(jaxpr)
+            found[remat] = (
+                text.count("platform_index"),  # one each time codes are multiplied
+                text.count("new_dtype=float8_e4m3fn"),  # one a quantiser of x or w
+                names.count("dot_general"),
+            )
     # Each product of codes is there twice: for CPUs and TPUs, and for GPUs.
     attention, head = 2 + 4, 1 + 2
-    assert counts["none"] == (12, 8, 2 * 12 + attention + head)
-    assert counts["codes"] == (12, 8, 2 * 12 + attention + 2 + head)
-    assert counts["full"] == (15, 16, 2 * 15 + attention + 2 + head)
+    again = {"none": (0, 0), "codes": (0, 0), "products": (0, 4), "qkv": (2, 4), "full": (3, 4)}
+    for remat, (products, quantisers) in again.items():
+        dots = 2 * (12 + products) + attention + (0 if remat == "none" else 2) + head
+        assert counts[remat] == (12 + products, 8 + 2 * quantisers, dots), remat
+        assert prepared_counts[remat] == (12 + products, 8 + quantisers, dots), remat
 
 
 def test_layers_are_a_loop_and_keep_their_own_statistics():
@@ -421,6 +437,149 @@ def test_health_of_every_layer():
             snr = 10 * np.log10(np.sum(w**2) / np.sum((w - np.asarray(q)) ** 2))
             assert float(measures["w_snr_db"][i]) == pytest.approx(snr, abs=1e-3)
             assert 0.01 < measures["clipped"][i] < 0.1 + 1e-6
+
+
+# ------------------------------------------------------------------- weights prepared, loaded
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_prepared_weights_change_no_bit(remat):
+    expected, got = results(FP4, remat=remat), results(FP4, prepared=True, remat=remat)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_every_quantised_layer_is_prepared():
+    every = change(FP4, skip=())
+    model = make(recipe=every)
+    model.prepare()
+    found = {path[:-1]: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model, Prepared))}
+    layers = {path: v for path, v in nnx.iter_modules(model) if isinstance(v, Linear)}
+    assert found.keys() == layers.keys() and len(found) == 5
+    for path, layer in layers.items():
+        kernels, weights = layer.kernel[...], found[path]
+        if kernels.ndim == 2:
+            kernels, weights = jax.tree.map(lambda v: v[None], (kernels, weights))
+        for i, w in enumerate(kernels):
+            expected = jfp4.quantize(w, 0).dequantize()
+            weight = jax.tree.map(lambda v, i=i: v[i], weights)
+            for q in (weight.fprop, weight.dgrad):
+                np.testing.assert_array_equal(q.unpack().dequantize(), expected)
+    changed = make(recipe=every, scale=3)
+    before = call(changed, TOKENS)
+    nnx.update(changed, nnx.state(model, Prepared))
+    assert np.any(call(changed, TOKENS) != before)  # they are looked at
+
+
+def halved(params):
+    """Parameters of twice the float16 that is stored."""
+    return jax.tree.map(lambda v: v.astype(jnp.float32) * 2, params)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("remat", ["none", "codes", "full"])
+def test_parameters_are_loaded_where_they_are_used(remat, tied):
+    """A stored form whose decoding is exact: the same loss, and gradients by the chain rule."""
+    model = make(change(TINY, remat=remat, tied_head=tied), FP4, scale=5)
+    graph, params, rest = split_params(model)
+    stored = jax.tree.map(lambda v: (v / 2).astype(jnp.float16), params)
+    model.load = halved
+    loading = split_params(model)[0]
+
+    def gradient(graph, params):
+        def loss(params):
+            model = nnx.merge(graph, params, rest, copy=True)
+            return model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
+
+        def prepared_loss(params, codes):
+            model = nnx.merge(graph, params, rest, copy=True)
+            nnx.update(model, codes)
+            return model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
+
+        model = nnx.merge(graph, params, rest, copy=True)
+        model.prepare()
+        codes = nnx.state(model, Prepared)
+        return (*jax.value_and_grad(prepared_loss)(params, codes), loss(params))
+
+    run = jax.jit(gradient, static_argnums=0)
+    loss, grads, again = run(loading, stored)
+    expected, wide, _ = run(graph, halved(stored))
+    assert float(loss) == float(expected) == float(again)
+    for got, full in zip(jax.tree.leaves(grads), jax.tree.leaves(wide), strict=True):
+        assert got.dtype == jnp.float16
+        # Rounded once; where the embedding is the head as well, each part of it and their sum.
+        roundings = 3 if tied else 1
+        largest = 2 * np.abs(full).max()
+        np.testing.assert_allclose(
+            got, 2 * full, rtol=0, atol=(roundings * 2.0**-11 + 64 * U) * largest
+        )
+
+
+def shapes(jaxpr):
+    """Dtype and shape of everything that a jaxpr computes, inside as well."""
+    for equation in jaxpr.eqns:
+        yield from ((str(v.aval.dtype), v.aval.shape) for v in equation.outvars)
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from shapes(inner)
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_no_decoded_copy_of_all_layers_is_made(remat):
+    model = make(change(TINY, remat=remat, dtype="bfloat16"), FP4)
+    model.load = halved
+    graph, params, rest = split_params(model)
+    stored = jax.tree.map(lambda v: v.astype(jnp.float16), params)
+
+    def loss(params):
+        model = nnx.merge(graph, params, rest, copy=True)
+        model.prepare()
+        return model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
+
+    made = set(shapes(jax.make_jaxpr(jax.grad(loss))(stored).jaxpr))
+    layers = [v.shape for v in jax.tree.leaves(stored["layers"]) if v.ndim == 3]
+    assert len(layers) == 4
+    for shape in layers:
+        assert ("float32", shape[1:]) in made and ("float16", shape) in made
+        assert not {("float32", shape), ("bfloat16", shape)} & made
+
+
+# --------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_is_that_of_the_logits(tied):
+    model = make(change(TINY, tied_head=tied), scale=8)
+    inputs, targets = TOKENS[:, :-1], TOKENS[:, 1:]
+    logits = np.asarray(call(model, inputs), np.float64)
+    log_sum = np.log(np.sum(np.exp(logits), axis=-1))
+    own = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    loss = nnx.jit(lambda model: model.loss(inputs, targets))
+    for chunk in (None, 1, 5):
+        model.config = change(model.config, loss_chunk=chunk)
+        # 16 tokens in another order, each the difference of two numbers after some roundings.
+        bound = 32 * U * np.mean(np.abs(log_sum) + np.abs(own))
+        assert float(loss(model)) == pytest.approx(np.mean(log_sum - own), abs=bound)
+
+
+def test_a_quantised_head_takes_all_tokens_at_once():
+    every = change(FP4, skip=())
+    model = make(recipe=every, scale=8)
+    inputs, targets = TOKENS[:, :-1], TOKENS[:, 1:]
+    loss = nnx.jit(lambda model: model.loss(inputs, targets))
+    expected = jax.jit(
+        lambda logits: optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+    )
+    logits = call(make(recipe=every, scale=8), inputs)
+    assert float(loss(model)) == pytest.approx(float(expected(logits)), rel=32 * U)
+    assert np.all(np.isfinite(model.lm_head.lo[...]))  # it has calibrated
+    model.config = change(model.config, loss_chunk=15)
+    with pytest.raises(ValueError, match="loss_chunk=15 with 16 tokens and a quantised lm_head"):
+        model.loss(inputs, targets)
+    model.config = change(model.config, loss_chunk=16)
+    loss(model)
 
 
 # --------------------------------------------------------------------------------- parameters
@@ -580,6 +739,10 @@ def test_fp4_overfits_a_batch():
 def test_errors_describe_the_tokens(tokens):
     with pytest.raises(ValueError, match=r"tokens is (int32|float32)\[.*\]; expected \[b, s\] int"):
         make()(tokens)
+    with pytest.raises(
+        ValueError, match=r"targets is (int32|float32)\[.*\]; expected \[b, s\] int"
+    ):
+        make().loss(TOKENS, tokens)
 
 
 def test_an_unknown_recipe_is_an_error():

@@ -6,11 +6,21 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jfp4.models.config import MODELS
+from jfp4.models.llama import REMAT, Llama, as_stored
 from train import plan
 from train.config import TrainConfig
-from train.plan import GIB, Plan, device_memory, make_plan, peak_bytes
+from train.plan import (
+    GIB,
+    Plan,
+    device_memory,
+    estimated_activations,
+    kept_bytes,
+    make_plan,
+    peak_bytes,
+)
 from train.step import Trainer
 
 
@@ -40,6 +50,12 @@ def test_exact_parts_of_every_size(small_device, model):
     # Two moments, and the counters: two steps and two of what was skipped, and whether it was.
     assert planned.optimizer == 8 * parameters + 4 * 4 + 1
     assert planned.gradients == 4 * parameters
+    # A byte a weight of the layers, and two scales of four bytes an output channel.
+    c = config.llama
+    qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    d, m = c.embed_dim, c.mlp_dim
+    shapes = ((d, qkv), (d, d), (d, 2 * m), (m, d))
+    assert planned.prepared == c.num_layers * sum(k * n + 8 * n for k, n in shapes)
     assert planned.activations > 0
 
 
@@ -63,21 +79,53 @@ def test_nothing_is_allocated_for_what_does_not_fit(small_device):
     assert peak_bytes() < 20e9  # its weights alone take 52
 
 
-def test_estimate_follows_batch_accumulation_and_remat(small_device):
-    def activations(remat="none", **changes):
-        llama = dataclasses.replace(MODELS["llama60m"], remat=remat)
-        config = TrainConfig(model="llama60m", llama=llama, **changes)
-        return make_plan(Trainer(config))[0].activations
+def kept(remat="full", rows=8, accumulation=1, **changes):
+    llama = dataclasses.replace(MODELS["llama60m"], remat=remat, **changes)
+    optimizer = dataclasses.replace(TrainConfig().optimizer, accumulation=accumulation)
+    return TrainConfig(model="llama60m", llama=llama, batch_size=rows, optimizer=optimizer)
 
-    once = activations()
-    assert activations(batch_size=16) == 2 * once
-    halves = dataclasses.replace(TrainConfig().optimizer, accumulation=2)
-    assert activations(batch_size=16, optimizer=halves) == once
-    assert activations("full") < activations("codes") < once
+
+def test_estimate_follows_batch_accumulation_and_remat(small_device):
+    eight, sixteen, more = (kept_bytes(kept(rows=rows)) for rows in (8, 16, 24))
+    assert eight < sixteen and more - sixteen == sixteen - eight
+    assert kept_bytes(kept(rows=16, accumulation=2)) == eight
+    estimates = [estimated_activations(kept(remat)) for remat in (*reversed(REMAT), "none")]
+    assert estimates == sorted(set(estimates))
+    planned = make_plan(Trainer(kept("qkv", rows=16, accumulation=2)))[0]
+    assert planned.activations == estimated_activations(kept("qkv"))
+    assert planned.gradients == 2 * 4 * planned.parameters
+    # A chunk's logits and their gradient: no more of them with more tokens.
+    small, large = (estimated_activations(kept(loss_chunk=chunk)) for chunk in (16, 1024))
+    assert large - small == 8 * (1024 - 16) * 32000
+
+
+@pytest.mark.parametrize("load", [as_stored, lambda params: jax.tree.map(lambda v: v * 2, params)])
+@pytest.mark.parametrize("remat", REMAT)
+def test_bytes_kept_a_token_a_layer(remat, load, monkeypatch):
+    """As ``REMAT`` says, in bfloat16; and nothing that the number of tokens has no part in."""
+
+    def loading(self):
+        model = Llama(self.config.llama, self.config.quantization, rngs=nnx.Rngs(0))
+        model.load = load
+        return model
+
+    monkeypatch.setattr(Trainer, "_model", loading)
+    sizes = dict(embed_dim=64, num_heads=4, num_kv_heads=4, mlp_dim=112)
+
+    two, three = (kept_bytes(kept(remat, 3, num_layers=n, **sizes)) for n in (2, 3))
+    d, m = 64, 112
+    expected = {
+        "codes": 13 * d + 5 * m + 16,
+        "products": 10 * d + 4 * m,
+        "qkv": 8 * d,
+        "full": 2 * d,
+    }
+    assert three - two == expected[remat] * 3 * 256
 
 
 def plan_of(**changes):
-    sizes = dict(weights=4 * 2**30, optimizer=8 * 2**30, gradients=2**31, activations=2**30)
+    sizes = dict(weights=4 * 2**30, optimizer=7 * 2**30, prepared=2**30, gradients=2**31)
+    sizes["activations"] = 2**30
     rest = dict(parameters=10**9, device_bytes=15 * 2**30, device="A1", compiled=True)
     return Plan(**sizes | rest | changes)
 

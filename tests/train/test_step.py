@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jfp4
 from jfp4 import nn
-from jfp4.models.llama import Llama, split_params
+from jfp4.models.llama import REMAT, Llama, split_params
+from jfp4.ops import ffi
 from jfp4.ops.calibration import calibrate
 from jfp4.ops.health import health
 from jfp4.recipe import RECIPES
@@ -132,6 +134,34 @@ def test_microbatches_average_to_the_whole_batch(exact):
     assert float(split_loss) == pytest.approx(float(loss), rel=tolerance)
     for whole, split in zip(leaves(grads), leaves(split_grads), strict=True):
         np.testing.assert_allclose(split, whole, rtol=0, atol=tolerance * np.abs(whole).max())
+
+
+def quantisers_run(jaxpr, times=1):
+    """How often a program runs the quantiser with a scale a column, which weights alone have."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "ffi_call":
+            total += times * (equation.params["target_name"] == "jfp4_quantize_columns")
+        inside = times * equation.params.get("length", 1)
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += quantisers_run(inner, inside)
+    return total
+
+
+@pytest.mark.skipif(bool(ffi.missing("host")), reason=ffi.missing("host"))
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("remat", ["none", *REMAT])
+def test_each_weight_is_quantised_once_a_step(tiny_config, remat, accumulation):
+    llama = dataclasses.replace(tiny_config().llama, remat=remat)
+    optimizer = OptimizerConfig(accumulation=accumulation)
+    trainer = Trainer(tiny_config(llama=llama, optimizer=optimizer))
+    with jfp4.backend("host"):
+        jaxpr = jax.make_jaxpr(trainer.step)(trainer.abstract_state(), trainer.batch_shape())
+    assert quantisers_run(jaxpr.jaxpr) == 4 * llama.num_layers
 
 
 def test_statistics_go_from_microbatch_to_microbatch(tiny_config):

@@ -1,0 +1,132 @@
+"""Cross-entropy over a vocabulary, the logits made and used up a chunk of tokens at a time."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+LOGITS = 2**26
+"""Most logits that stand at a time where no chunk is given: 256 MiB of float32."""
+
+
+def cross_entropy(
+    x: Float[Array, "t d"],
+    w: Float[Array, "d v"],
+    targets: Int[Array, " t"],
+    *,
+    chunk: int | None = None,
+) -> Float32[Array, ""]:
+    """Mean of ``-log softmax(x @ w)[target]`` over the tokens, in nats; differentiable in x and w.
+
+    Each token's loss is the one it has where all logits are made at once: products in ``x``'s
+    dtype, then float32. Only their sum is in another order: of t losses, none of them negative, any
+    two orders differ by at most ``2 (t - 1)`` times float32's unit roundoff, relatively.
+
+    Where it is differentiated, each chunk's gradient is made with its loss, so that no logits are
+    kept or made twice: what is kept are dx in ``x``'s dtype and dw, added up in float32 from
+    products in float32.
+
+    Args:
+        x: the last hidden states, a token a row.
+        w: the head's weight, cast to ``x``'s dtype once.
+        targets: the class of each token; one outside [0, v) makes loss and gradients NaN.
+        chunk: most tokens whose logits stand at a time; None takes as many as have ``LOGITS``.
+
+    Returns:
+        The mean, float32.
+
+    Raises:
+        ValueError: shapes that do not fit, no tokens, or a chunk that is not positive.
+    """
+    t = x.shape[0]
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0] or targets.shape != (t,) or t == 0:
+        raise ValueError(
+            f"x has shape {x.shape}, w {w.shape} and targets {targets.shape}; expected [t, d], "
+            "[d, v] and [t], t > 0"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}; expected a positive number of tokens, or None")
+    return _mean(chunk_size(t, w.shape[1], chunk), x, w, targets)
+
+
+def cross_entropy_of_logits(
+    logits: Float[Array, "*b v"], targets: Int[Array, "*b"]
+) -> Float32[Array, ""]:
+    """``cross_entropy`` of logits that there are already, computed in float32."""
+    return jnp.mean(_losses(logits.astype(jnp.float32), targets)[0])
+
+
+def chunk_size(tokens: int, vocab: int, chunk: int | None) -> int:
+    """Tokens a chunk: as many in each, but for the last, and no more than ``chunk``."""
+    most = max(LOGITS // vocab, 1) if chunk is None else chunk
+    return math.ceil(tokens / math.ceil(tokens / most))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mean(size: int, x: Array, w: Array, targets: Array) -> Array:
+    narrow = w.astype(x.dtype)
+
+    def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+        x, targets, counted = chunk
+        losses, _ = _losses(jnp.matmul(x, narrow).astype(jnp.float32), targets)
+        return total + jnp.sum(jnp.where(counted, losses, 0)), None
+
+    total, _ = jax.lax.scan(add, jnp.float32(0), _chunks(size, x, targets))
+    return total / x.shape[0]
+
+
+def _mean_and_gradient(
+    size: int, x: Array, w: Array, targets: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    t, d = x.shape
+    narrow = w.astype(x.dtype)
+
+    def add(carry: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[Any, Array]:
+        total, dw = carry
+        x, targets, counted = chunk
+        losses, slope = _losses(jnp.matmul(x, narrow).astype(jnp.float32), targets)
+        dlogits = jnp.where(counted[:, None], slope / t, 0).astype(x.dtype)
+        total = total + jnp.sum(jnp.where(counted, losses, 0))
+        dw = dw + jnp.matmul(x.T, dlogits, preferred_element_type=jnp.float32)
+        return (total, dw), jnp.matmul(dlogits, narrow.T)
+
+    start = jnp.float32(0), jnp.zeros(w.shape, jnp.float32)
+    (total, dw), dx = jax.lax.scan(add, start, _chunks(size, x, targets))
+    return total / t, (dx.reshape(-1, d)[:t], dw, jnp.empty(0, w.dtype))
+
+
+def _scaled(size: int, saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    dx, dw, w_like = saved
+    return (g * dx.astype(jnp.float32)).astype(dx.dtype), (g * dw).astype(w_like.dtype), None
+
+
+_mean.defvjp(_mean_and_gradient, _scaled)
+
+
+def _losses(
+    logits: Float32[Array, "*b v"], targets: Int[Array, "*b"]
+) -> tuple[Float32[Array, "*b"], Float32[Array, "*b v"]]:
+    """Each token's loss, and its derivative by the logits."""
+    v = logits.shape[-1]
+    is_target = jnp.arange(v, dtype=targets.dtype) == targets[..., None]
+    high = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    log_sum = jnp.log(jnp.sum(jnp.exp(logits - high), axis=-1, keepdims=True)) + high
+    # Without a class there is neither a loss nor a gradient.
+    broken = jnp.where((targets >= 0) & (targets < v), 0, jnp.nan)[..., None]
+    log_sum = log_sum + broken
+    own = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return log_sum[..., 0] - own, jnp.exp(logits - log_sum) - is_target.astype(jnp.float32)
+
+
+def _chunks(size: int, x: Array, targets: Array) -> tuple[Array, ...]:
+    """``x`` and ``targets`` in chunks, the last filled up, and which of the tokens count."""
+    t = x.shape[0]
+    count = math.ceil(t / size)
+    added = count * size - t
+    counted = jnp.arange(count * size) < t
+    x = jnp.pad(x, [(0, added), (0, 0)])
+    targets = jnp.pad(targets, [(0, added)])
+    return x.reshape(count, size, -1), targets.reshape(count, size), counted.reshape(count, size)
