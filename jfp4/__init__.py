@@ -17,6 +17,8 @@ from jfp4.ops.ffi import backends as backends
 from jfp4.ops.gemm import gemm as gemm
 from jfp4.ops.linear import linear as linear
 from jfp4.ops.linear import save_codes as save_codes
+from jfp4.ops.prepare import PreparedWeight as PreparedWeight
+from jfp4.ops.prepare import prepare as prepare
 from jfp4.ops.quantize import quantize as quantize
 from jfp4.qtensor import PackedQTensor as PackedQTensor
 from jfp4.qtensor import QTensor as QTensor

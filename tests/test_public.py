@@ -15,7 +15,7 @@ ROOT = Path(jfp4.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = {
     *("nn", "convert", "linear", "gemm", "quantize", "calibrate", "Calibration", "QTensor"),
-    *("PackedQTensor", "Backends", "backend", "backends"),
+    *("PackedQTensor", "PreparedWeight", "prepare", "Backends", "backend", "backends"),
     *("FORMATS", "Format", "pack", "unpack", "round_to_format"),
     *("RECIPES", "Recipe", "save_codes", "optim", "master"),
 }

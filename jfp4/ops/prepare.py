@@ -37,7 +37,7 @@ def prepare(w: Float[Array, "k n"], recipe: Recipe) -> PreparedWeight:
     """Quantises a weight as the recipe says, for every product of a step that reads it.
 
     Returns:
-        What ``linear`` takes in place of quantising ``w``; its results have the same bits.
+        What ``linear`` takes in place of quantising ``w``; codes and scales have the same bits.
 
     Raises:
         TypeError: ``w`` is not an array of floats.

@@ -53,7 +53,11 @@ def test_the_results_have_the_same_bits(name, path):
             expected = jax.jit(run)(x, w, None)
         for one, other in zip((*got, alone), (*expected, expected[0]), strict=True):
             assert one.dtype == other.dtype
-            np.testing.assert_array_equal(one, other)
+            # Sums over shifts and residuals are XLA's to order, as it likes in each program.
+            summed = recipe.w_shift is not None or recipe.occ_compensation == "residual"
+            unit = 2.0**-7 if one.dtype == jnp.bfloat16 else 2.0**-18  # 64 roundings of float32
+            largest = np.abs(np.asarray(other, np.float32)).max()
+            np.testing.assert_allclose(one, other, rtol=0, atol=summed * unit * largest)
         assert np.any(got[2])  # the gradient reaches w
 
 

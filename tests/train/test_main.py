@@ -263,8 +263,8 @@ def test_plan(runs, elsewhere, text, capsys):
     rows = re.findall(r"│ (.+?) +│ +[\d.]+ │ +([\d,]+) │", output)
     sizes = {what: int(size.replace(",", "")) for what, size in rows}
     *parts, together, has = sizes.values()
-    assert list(sizes)[:4] == [
-        "weights", "optimizer state", "gradients", "activations and workspace"
+    assert list(sizes)[:5] == [
+        "weights", "optimizer state", "weights' codes", "gradients", "activations and workspace"
     ]  # fmt: skip
     # 34,976 parameters and eight thresholds for each of two layers.
     assert "34,976 parameters" in output and parts[0] == 4 * (34_976 + 16)
