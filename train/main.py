@@ -77,9 +77,9 @@ def _run(config: TrainConfig) -> int:
             f"{config.model} takes {planned.total / plan.GIB:.1f} GiB and {planned.device} has "
             f"{planned.device_bytes / plan.GIB:.1f}; choose a smaller --model or --batch_size"
         )
-    rundir.check_space(
-        run_dir, (config.checkpoint.keep + 1) * (planned.weights + planned.optimizer)
-    )
+    if config.checkpoint.every:
+        saved = planned.weights + planned.optimizer
+        rundir.check_space(run_dir, (config.checkpoint.keep + 1) * saved)
     try:
         rundir.write(run_dir, config, corpus.fingerprint, planned.device, planned.parameters)
         print(

@@ -229,9 +229,7 @@ class Attention(nnx.Module):
         qkv = checkpoint_name(self.qkv_proj(x), _QKV).reshape(b, s, c.num_kv_heads, -1, c.head_dim)
         q = rotate(qkv[..., :-2, :].reshape(b, s, c.num_heads, c.head_dim), sin_cos)
         k = rotate(qkv[..., -2, :], sin_cos)
-        y = jax.nn.dot_product_attention(
-            q, k, qkv[..., -1, :], is_causal=True, implementation=attention_implementation(c)
-        )
+        y = attend(q, k, qkv[..., -1, :], attention_implementation(c))
         return checkpoint_name(self.o_proj(y.reshape(b, s, -1)), _PRODUCTS)
 
 
@@ -281,11 +279,32 @@ def check_tokens(tokens: Array, name: str) -> None:
         raise ValueError(f"{name} is {tokens.dtype}{list(tokens.shape)}; expected [b, s] integers")
 
 
+def attend(
+    q: Float[Array, "b s h e"],
+    k: Float[Array, "b s g e"],
+    v: Float[Array, "b s g e"],
+    implementation: Literal["xla", "cudnn"],
+) -> Float[Array, "b s h e"]:
+    """Causal attention; ``g`` key heads are each shared by ``h / g`` query heads."""
+
+    def dot(q: Array, k: Array, v: Array) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+    if q.dtype != jnp.float16:
+        return dot(q, k, v)
+
+    def wide(*operands: Array) -> Array:
+        return dot(*(x.astype(jnp.float32) for x in operands)).astype(jnp.float16)
+
+    # CPUs have no such product.
+    return jax.lax.platform_dependent(q, k, v, cpu=wide, default=dot)
+
+
 def attention_implementation(config: LlamaConfig) -> Literal["xla", "cudnn"]:
     """What ``config.attention`` means on the default device."""
     if config.attention != "auto":
         return config.attention
-    cudnn = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
+    cudnn = jax.default_backend() == "gpu" and config.dtype != "float32"
     return "cudnn" if cudnn else "xla"
 
 

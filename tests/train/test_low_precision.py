@@ -90,18 +90,6 @@ def test_a_weight_too_large_for_float16_ends_the_run(runs, tmp_path, capsys):
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-@pytest.fixture
-def float16_attention(monkeypatch):
-    """Attention in float32: CPUs have no product of float16 that adds in float32."""
-    real = jax.nn.dot_product_attention
-
-    def attention(q, k, v, **kwargs):
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        return real(*wide, **kwargs).astype(q.dtype)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-
-
 def tokens(seed, rows=2):
     return np.random.default_rng(seed).integers(0, 256, (rows, 17), dtype=np.int32)
 
@@ -119,9 +107,7 @@ def with_scale(state, scale):
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp4"])
-def test_float16_steps_are_scaled_and_an_overflow_is_skipped(
-    tiny_config, float16_attention, recipe
-):
+def test_float16_steps_are_scaled_and_an_overflow_is_skipped(tiny_config, recipe):
     trainer = trainer_of(tiny_config, "float16", recipe, master="float16", **NARROW)
     step = jax.jit(trainer.step)
     state = jax.jit(trainer.init)()

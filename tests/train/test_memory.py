@@ -13,7 +13,7 @@ from train.config import OptimizerConfig, TrainConfig
 from train.plan import estimated_activations, kept_bytes, make_plan
 from train.step import Trainer
 
-LAYERS, WIDTH, VOCAB, SEQ, TOKENS, CHUNK = 6, 64, 1500, 32, 512, 64
+LAYERS, WIDTH, MLP, VOCAB, SEQ, TOKENS, CHUNK = 6, 64, 160, 1500, 32, 512, 64
 
 
 def configured(remat="full", accumulation=1, chunk=CHUNK):
@@ -23,7 +23,7 @@ def configured(remat="full", accumulation=1, chunk=CHUNK):
         num_layers=LAYERS,
         num_heads=4,
         num_kv_heads=4,
-        mlp_dim=160,
+        mlp_dim=MLP,
         remat=remat,
         dtype="float32",
         loss_chunk=chunk,
@@ -57,7 +57,10 @@ def test_a_step_takes_what_is_kept_and_a_working_set(remat):
     predicted = (
         plan.fixed - plan.weights - plan.optimizer + estimated_activations(configured(remat))
     )
-    assert 0.95 < memory.temp_size_in_bytes / predicted < 1.2
+    # A layer's weights stand decoded, unpacked, and as a gradient meanwhile, which is little where
+    # there are more tokens to a weight than here.
+    layer = 4 * WIDTH * (4 * WIDTH + 3 * MLP)
+    assert 0.95 * predicted < memory.temp_size_in_bytes < 1.2 * predicted + 3 * layer
     if remat != "full":
         # The working set cancels, but for what a layer no longer computes again.
         more = kept_bytes(configured(remat)) - kept_bytes(configured("full"))
