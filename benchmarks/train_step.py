@@ -66,6 +66,8 @@ def step_times(log: Log, model: str, remat: Literal["none", "codes", "full"]) ->
         wall=False,
         label=lambda side, event: part_of(event, compiled[side].scopes),
     )
+    for result in times.values():
+        result |= without_scopes(result.pop("parts"))
     flops, tokens = arithmetic(llama, LENGTH) * SEQUENCES * LENGTH, SEQUENCES * LENGTH
     for recipe, result in times.items():
         seconds = 1e-3 * result["ms"]
@@ -108,9 +110,21 @@ def scopes_of(hlo: str) -> dict[str, str]:
 
 
 def part_of(event: Event, scopes: dict[str, str]) -> str:
-    """The part of a step that a kernel belongs to."""
-    text = f"op:{scopes.get(event.op, '')}\nkernel:{event.name}"
-    return next((part for part, pattern in PARTS.items() if re.search(pattern, text)), "rest")
+    """The part of a step that a kernel belongs to; of the rest, where it comes from as well."""
+    scope = scopes.get(event.op, "")
+    text = f"op:{scope}\nkernel:{event.name}"
+    part = next((part for part, pattern in PARTS.items() if re.search(pattern, text)), None)
+    return part or f"rest {scope or event.op or event.name}"
+
+
+def without_scopes(parts: dict[str, float], most: int = 40) -> dict[str, dict[str, float]]:
+    """Times by part, the rest being one, and what most of the rest's is spent on."""
+    rest = {name.removeprefix("rest "): ms for name, ms in parts.items() if name not in PARTS}
+    known = {name: ms for name, ms in parts.items() if name in PARTS}
+    return {
+        "parts": known | {"rest": sum(rest.values())},
+        "rest": dict(list(rest.items())[:most]),
+    }
 
 
 def arithmetic(model: LlamaConfig, length: int) -> float:
