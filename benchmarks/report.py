@@ -27,11 +27,12 @@ def main() -> int:
     """Writes the documents, or compares them; returns the exit status."""
     loss = json.loads((RESULTS / "loss.json").read_text())
     cpus = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("run-*.json"))]
     kernels = report_kernels.load()
     tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels)}
     measured = {"measurements": report_kernels.measurements(kernels)}
     wanted = {
-        DOC: document(loss, cpus),
+        DOC: document(loss, cpus, runs),
         README: fill(README.read_text(), tables),
         KERNELS: fill(KERNELS.read_text(), measured),
     }
@@ -57,7 +58,7 @@ def fill(text: str, bodies: dict[str, str]) -> str:
     return text
 
 
-def document(loss: dict[str, Any], cpus: list[dict[str, Any]]) -> str:
+def document(loss: dict[str, Any], cpus: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     """The whole of docs/results.md."""
     study, source = loss["study"], loss["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
@@ -92,9 +93,40 @@ steps, past the first tenth, whose gradient norm exceeded the clipping threshold
 
 {lessons(loss)}
 
-## CPU
+{large_runs(runs)}## CPU
 
 {cpu_tables(cpus)}
+"""
+
+
+def large_runs(runs: list[dict[str, Any]]) -> str:
+    """A section on models that fill a GPU; nothing where none was run."""
+    if not runs:
+        return ""
+    rows = [
+        [
+            f"{run['model']}, {run['recipe']}",
+            run["device"],
+            "{master}, {first_moment}, {second_moment}".format(**run["optimizer"]),
+            run["remat"],
+            " x ".join(str(n) for n in run["batch_size, seq_len"]),
+            f"{run['tokens_per_s']:,.0f}",
+            f"{run['peak_bytes'] / 2**30:.1f}",
+            f"{len(run['loss'])}",
+            f"{run['loss'][0]:.2f} to {run['loss'][-1]:.2f}",
+        ]
+        for run in runs
+    ]
+    head = ["run", "device", "weights, moments", "remat", "tokens a step", "tokens/s", "peak GiB",
+            "steps", "loss"]  # fmt: skip
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    return f"""## Large models on one GPU
+
+Whole models, by `python -m train.main`; few steps, which tell speed and memory, not quality. Commit
+{commits}.
+
+{_markdown(head, rows)}
+
 """
 
 

@@ -63,19 +63,11 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A kernel or a copy on the device, in nanoseconds of the trace.
-
-    Attributes:
-        start: when it began.
-        end: when it ended.
-        name: the kernel's.
-        op: the instruction of the compiled program that launched it, where the trace says.
-    """
+    """A kernel or a copy on the device, in nanoseconds of the trace."""
 
     start: float
     end: float
     name: str
-    op: str = ""
 
 
 # --------------------------------------------------------------------------------- measuring
@@ -185,8 +177,7 @@ def assign(
         for lane in plane.lines:
             if plane.name.startswith(device) and lane.name.startswith(line):
                 events += [
-                    Event(e.start_ns, e.start_ns + e.duration_ns, e.name, _op(e))
-                    for e in lane.events
+                    Event(e.start_ns, e.start_ns + e.duration_ns, e.name) for e in lane.events
                 ]
             elif plane.name.startswith("/host"):
                 for e in lane.events:
@@ -205,10 +196,6 @@ def assign(
         )
         raise NoTrace(f"{len(events)} events do not fill {count} windows; the trace has {planes}")
     return found
-
-
-def _op(event: Any) -> str:
-    return next((str(value) for name, value in event.stats if name == "hlo_op"), "")
 
 
 def split(windows: Sequence[list[Event]], calls: int) -> tuple[list[list[Event]], int]:

@@ -104,17 +104,21 @@ class _Step:
 
 
 def scopes_of(hlo: str) -> dict[str, str]:
-    """By name of an instruction, the path of the program that it was compiled from."""
+    """By name of a kernel, the path of the program that its instruction was compiled from.
+
+    A kernel has its instruction's name, with underscores. The trace itself names no instruction
+    where a CUDA graph launched the kernel.
+    """
     found = re.finditer(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name=\"([^\"]*)\"", hlo, re.M)
-    return {match[1]: match[2] for match in found}
+    return {re.sub(r"\W", "_", match[1]): match[2] for match in found}
 
 
 def part_of(event: Event, scopes: dict[str, str]) -> str:
     """The part of a step that a kernel belongs to; of the rest, where it comes from as well."""
-    scope = scopes.get(event.op, "")
+    scope = scopes.get(event.name, "")
     text = f"op:{scope}\nkernel:{event.name}"
     part = next((part for part, pattern in PARTS.items() if re.search(pattern, text)), None)
-    return part or f"rest {scope or event.op or event.name}"
+    return part or f"rest {scope or event.name}"
 
 
 def without_scopes(parts: dict[str, float], most: int = 40) -> dict[str, dict[str, float]]:

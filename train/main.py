@@ -81,7 +81,14 @@ def _run(config: TrainConfig) -> int:
         saved = planned.weights + planned.optimizer
         rundir.check_space(run_dir, (config.checkpoint.keep + 1) * saved)
     try:
-        rundir.write(run_dir, config, corpus.fingerprint, planned.device, planned.parameters)
+        rundir.write(
+            run_dir,
+            config,
+            corpus.fingerprint,
+            device=planned.device,
+            parameters=planned.parameters,
+            planned_bytes=planned.total,
+        )
         print(
             f"{planned.parameters:,} parameters, {len(corpus.train):,} training tokens; "
             f"writing to {run_dir}",

@@ -202,9 +202,15 @@ def estimated_activations(config: TrainConfig) -> int:
     makes it anew; and a chunk's logits with their gradient, or all of a head that is quantised.
     """
     model, n = config.llama, config.optimizer.accumulation
+    # With another microbatch weights are prepared, as they are where remat reads them again.
+    another = dataclasses.replace(
+        config,
+        batch_size=config.batch_size // n * (n + 1),
+        optimizer=dataclasses.replace(config.optimizer, accumulation=n + 1),
+    )
     bare = dataclasses.replace(model, remat="none")
     one, two = (
-        kept_bytes(dataclasses.replace(config, llama=dataclasses.replace(bare, num_layers=layers)))
+        kept_bytes(dataclasses.replace(another, llama=dataclasses.replace(bare, num_layers=layers)))
         for layers in (1, 2)
     )
     a_layer = two - one if model.remat != "none" else 0

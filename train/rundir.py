@@ -92,7 +92,13 @@ def read(run_dir: Path) -> dict[str, Any]:
 
 
 def write(
-    run_dir: Path, config: TrainConfig, fingerprint: str, device: str, parameters: int
+    run_dir: Path,
+    config: TrainConfig,
+    fingerprint: str,
+    *,
+    device: str,
+    parameters: int,
+    planned_bytes: int,
 ) -> None:
     """Makes the directory and writes config.json: all settings, resolved, and all versions."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,6 +106,7 @@ def write(
         "config": to_dict(config),
         "data_fingerprint": fingerprint,
         "parameters": parameters,
+        "planned_bytes": planned_bytes,
         "device": device,
         "versions": {
             "python": platform.python_version(),

@@ -112,9 +112,14 @@ class Trainer:
         return TrainState(state.step + 1, params, stats, opt_state, scale), metrics
 
     def prepare(self, params: Any, stats: Any) -> Any:
-        """Every quantised weight's codes, for all that a step computes with them."""
+        """Every quantised weight's codes, for all that a step computes with them.
+
+        None of them where a step has one microbatch and recomputes nothing: each weight is then
+        quantised once as it is, and need not be packed.
+        """
         model = self._merge(params, stats)
-        model.prepare()
+        if self.config.optimizer.accumulation > 1 or self.config.llama.remat != "none":
+            model.prepare()
         return nnx.state(model, Prepared)
 
     def loss(

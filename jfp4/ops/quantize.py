@@ -258,7 +258,9 @@ def reciprocal(scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
     On GPUs XLA divides to within two units in the last place, and makes one division of a product
     with a reciprocal: one code in ten million would differ. So the quotient is mended as integers.
     """
-    return jnp.where(jnp.isnan(scale), scale, mended_reciprocal(scale, 1 / scale))
+    mended = jnp.where(jnp.isnan(scale), scale, mended_reciprocal(scale, 1 / scale))
+    # Or all of this would be fused into, and done for, each element that is scaled.
+    return lax.optimization_barrier(mended)
 
 
 def mended_reciprocal(

@@ -152,7 +152,9 @@ def test_differences_name_fields_as_flags_do():
 
 
 def written(run_dir, *flags):
-    rundir.write(run_dir, parse(flags), "fingerprint", "device", 1)
+    rundir.write(
+        run_dir, parse(flags), "fingerprint", device="device", parameters=1, planned_bytes=2
+    )
     return run_dir
 
 

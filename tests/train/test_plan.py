@@ -40,7 +40,7 @@ def small_device(monkeypatch):
 @pytest.mark.parametrize("model", MODELS)
 def test_exact_parts_of_every_size(small_device, model):
     # Nothing is compiled, since no size fits.
-    config = TrainConfig(model=model, llama=MODELS[model])
+    config = TrainConfig(model=model, llama=dataclasses.replace(MODELS[model], remat="full"))
     planned, compiled = make_plan(Trainer(config))
     assert compiled is None and not planned.compiled and not planned.fits
     parameters = number_of_parameters(config.llama)
@@ -57,6 +57,9 @@ def test_exact_parts_of_every_size(small_device, model):
     shapes = ((d, qkv), (d, d), (d, 2 * m), (m, d))
     assert planned.prepared == c.num_layers * sum(k * n + 8 * n for k, n in shapes)
     assert planned.activations > 0
+    # Where nothing reads them twice, none are made ahead.
+    once, _ = make_plan(Trainer(dataclasses.replace(config, llama=MODELS[model])))
+    assert once.prepared == (planned.prepared if MODELS[model].remat != "none" else 0)
 
 
 def test_paper_sizes_have_about_the_parameters_in_their_names():

@@ -20,7 +20,7 @@ def config(*flags):
 @pytest.fixture
 def run_dir(tmp_path):
     path = tmp_path / "a" / "run"
-    rundir.write(path, config(), "abc", "device", 123)
+    rundir.write(path, config(), "abc", device="device", parameters=123, planned_bytes=456)
     return path
 
 
