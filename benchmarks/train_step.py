@@ -6,6 +6,7 @@ anything; where the time goes is read from the profiler's trace.
 """
 
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Iterable
@@ -40,7 +41,8 @@ def run(log: Log, quick: bool) -> dict[str, Any]:
     steps = []
     for model in ("llama13b", "llama7b"):
         for remat in REMAT[: 1 if quick else None]:
-            line = log.attempt(f"{model}, remat {remat}", lambda: step_times(log, model, remat))  # noqa: B023
+            measured = functools.partial(step_times, log, model, remat)
+            line = log.attempt(f"{model}, remat {remat}", measured)
             if line is not None:
                 steps.append(line)
         if quick:

@@ -77,9 +77,13 @@ def _run(config: TrainConfig) -> int:
             f"{config.model} takes {planned.total / plan.GIB:.1f} GiB and {planned.device} has "
             f"{planned.device_bytes / plan.GIB:.1f}; choose a smaller --model or --batch_size"
         )
-    if config.checkpoint.every:
-        saved = planned.weights + planned.optimizer
-        rundir.check_space(run_dir, (config.checkpoint.keep + 1) * saved)
+    every, saved = config.checkpoint.every, planned.weights + planned.optimizer
+    try:
+        rundir.check_space(run_dir, (config.checkpoint.keep + 1) * saved if every else saved)
+    except UserError as error:
+        if every:
+            raise
+        print(f"warning: an interrupt could not be saved: {error}", file=sys.stderr)
     try:
         rundir.write(
             run_dir,

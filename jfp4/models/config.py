@@ -42,7 +42,7 @@ class LlamaConfig:
     """Added to the mean square in RMSNorm."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute dtype; parameters are float32. float16 wants its loss scaled to be trained."""
+    """Compute dtype. float16 wants its loss scaled to be trained, as train.main does."""
 
     scan_layers: bool = True
     """Whether layers share one compiled body; written out, they compile longer and run faster."""
@@ -54,7 +54,7 @@ class LlamaConfig:
     """Most tokens whose logits stand at a time in training; None: as many as take 256 MiB."""
 
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention implementation; auto is cudnn on a GPU with bfloat16, and xla elsewhere."""
+    """Attention implementation; auto is cudnn on a GPU but for float32, and xla elsewhere."""
 
     def __post_init__(self) -> None:
         check_choices(self)

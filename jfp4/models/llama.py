@@ -62,11 +62,11 @@ class Llama(nnx.Module):
         layers: one ``Block`` whose parameters have a leading layer axis.
         norm: the last RMSNorm.
         lm_head: output projection, or None where the embedding serves.
-        load: makes of a State of parameters as they are stored those that are computed with,
-            float32; it is applied to a layer's slice inside the scan over layers, and to the
-            embedding, the last norm and the head by themselves, so that a decoded copy of them all
-            never stands (unless ``config.remat`` is none: the backward then keeps what it gave).
-            Gradients are those of the stored form.
+        load: makes of a State of parameters as they are stored those that are computed with, in
+            float32 or a narrower dtype; it is applied to a layer's slice inside the scan over
+            layers, and to the embedding, the last norm and the head by themselves, so that a
+            decoded copy of them all never stands (unless ``config.remat`` is none: the backward
+            then keeps what it gave). Gradients are those of the stored form.
     """
 
     def __init__(

@@ -168,7 +168,8 @@ def backends() -> Backends:
     """Which path serves each operation on the default platform, here and now, and why.
 
     On a CPU that is XLA unless the host path is asked for. Scales of whole tensors, shifts and the
-    estimator's slope have no kernels: XLA computes them always.
+    estimator's slope by itself have no kernels: XLA computes them always. In the product that it
+    multiplies the slope has one, of E2M1 with k above 1.
 
     Raises:
         RuntimeError: the path asked for (``backend``) is missing.

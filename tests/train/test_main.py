@@ -182,6 +182,14 @@ def test_a_disk_too_small(runs, elsewhere, text, capsys, monkeypatch):
     assert list(elsewhere.iterdir()) == []
 
 
+def test_a_disk_too_small_for_an_interrupt_is_said(runs, elsewhere, text, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk)
+    assert runs(*tiny(text), "--checkpoint.every=0") == 0
+    assert (
+        "warning: an interrupt could not be saved: the disk of run has" in capsys.readouterr().err
+    )
+
+
 def test_a_disk_that_fills_while_metrics_are_written(runs, elsewhere, text, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "_write", full_disk)
