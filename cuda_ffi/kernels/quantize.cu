@@ -37,6 +37,23 @@ __device__ __forceinline__ uint32_t TileCount(int64_t size, int tile) {
   return static_cast<uint32_t>((size + tile - 1) / tile);
 }
 
+// Where a block's part of its matrix lies: parts of part_rows x part_cols in row-major order,
+// matrix after matrix, those at the edges smaller.
+struct Place {
+  int64_t batch, first_row, first_col;
+  int rows, cols;
+
+  __device__ __forceinline__ Place(uint32_t index, int64_t all_rows, int64_t all_cols,
+                                   int part_rows, int part_cols) {
+    const uint32_t across = TileCount(all_cols, part_cols), down = TileCount(all_rows, part_rows);
+    first_col = int64_t{index % across} * part_cols;
+    first_row = int64_t{index / across % down} * part_rows;
+    batch = index / (across * down);
+    rows = static_cast<int>(min(all_rows - first_row, int64_t{part_rows}));
+    cols = static_cast<int>(min(all_cols - first_col, int64_t{part_cols}));
+  }
+};
+
 __device__ __forceinline__ uint32_t WarpMax(uint32_t v) { return __reduce_max_sync(~0u, v); }
 
 // The limits of a matrix; an absent one limits nothing.
@@ -242,21 +259,15 @@ __global__ void __launch_bounds__(kTransposeThreads)
   constexpr int kLoads = kTile / (kTransposeThreads / kLanes);
   __shared__ __align__(16) uint32_t tile[kTile * kStride];
   // From the last tile to the first: the end of the codes is what the pass before has left in L2.
-  const uint32_t index = gridDim.x - 1 - blockIdx.x;
-  const uint32_t col_tiles = TileCount(cols, kTile), row_tiles = TileCount(rows, kTile);
-  const int64_t first_col = int64_t{index % col_tiles} * kTile;
-  const int64_t first_row = int64_t{index / col_tiles % row_tiles} * kTile;
-  const int64_t batch = index / (col_tiles * row_tiles);
-  const int tile_rows = static_cast<int>(min(rows - first_row, int64_t{kTile}));
-  const int tile_cols = static_cast<int>(min(cols - first_col, int64_t{kTile}));
+  const Place at(gridDim.x - 1 - blockIdx.x, rows, cols, kTile, kTile);
   const int col = threadIdx.x % kLanes * kVectorBytes;
 
-  const uint8_t* from = codes + (batch * rows + first_row) * cols + first_col + col;
+  const uint8_t* from = codes + (at.batch * rows + at.first_row) * cols + at.first_col + col;
   uint4 held[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const int row = threadIdx.x / kLanes + i * (kTransposeThreads / kLanes);
-    held[i] = row < tile_rows && col < tile_cols
+    held[i] = row < at.rows && col < at.cols
                   ? __ldcs(reinterpret_cast<const uint4*>(from + row * cols))
                   : uint4{};
   }
@@ -266,8 +277,8 @@ __global__ void __launch_bounds__(kTransposeThreads)
     *reinterpret_cast<uint4*>(tile + row * kStride + TileWord<kTile>(row, col / 4)) = held[i];
   }
   __syncthreads();
-  StoreTransposed<kTile>(tile, kStride, tile_rows, tile_cols, rows,
-                         codes_t + (batch * cols + first_col) * rows + first_row, nullptr);
+  StoreTransposed<kTile>(tile, kStride, at.rows, at.cols, rows,
+                         codes_t + (at.batch * cols + at.first_col) * rows + at.first_row, nullptr);
 }
 
 // --- a scale a column ---
@@ -301,23 +312,19 @@ __global__ void __launch_bounds__(kColumnThreads)
   constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
   constexpr int kWarps = kColumnThreads / kWarp;
   __shared__ __align__(16) uint32_t magnitudes[kWarps][kCols];
-  const uint32_t col_blocks = TileCount(args.in.cols, kCols);
-  const uint32_t chunks = TileCount(args.in.rows, kAmaxRows);
-  const int64_t first_col = int64_t{blockIdx.x % col_blocks} * kCols;
-  const int64_t first_row = int64_t{blockIdx.x / col_blocks % chunks} * kAmaxRows;
-  const int64_t batch = blockIdx.x / (col_blocks * chunks);
+  const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxRows, kCols);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t col = first_col + lane * kElements;
+  const int64_t col = at.first_col + lane * kElements;
 
   Extremes<kType> extremes[4];
   if (col < args.in.cols) {
     const uint4* x = static_cast<const uint4*>(args.in.x) +
-                     (batch * args.in.rows * args.in.cols + col) / kElements;
+                     (at.batch * args.in.rows * args.in.cols + col) / kElements;
     for (int row = warp; row < kAmaxRows; row += kInFlight * kWarps) {
       uint4 held[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int64_t r = first_row + row + i * kWarps;
+        const int64_t r = at.first_row + row + i * kWarps;
         held[i] = r < args.in.rows ? __ldg(x + r * args.in.cols / kElements) : uint4{};
       }
 #pragma unroll
@@ -329,7 +336,7 @@ __global__ void __launch_bounds__(kColumnThreads)
       }
     }
   }
-  const Limits limits = LoadLimits(args.outliers, batch);
+  const Limits limits = LoadLimits(args.outliers, at.batch);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     constexpr int kPerWord = Word<kType>::kElements;
@@ -337,7 +344,8 @@ __global__ void __launch_bounds__(kColumnThreads)
         extremes[i / kPerWord].template Magnitude<Clip::kClamp>(i % kPerWord, limits);
   }
   __syncthreads();
-  AddColumns(magnitudes, args.amax + batch * args.in.cols + first_col, args.in.cols - first_col);
+  AddColumns(magnitudes, args.amax + at.batch * args.in.cols + at.first_col,
+             args.in.cols - at.first_col);
 }
 
 template <DType kType, Format kFormat, Clip kClip>
@@ -352,18 +360,12 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
   __shared__ __align__(16) uint32_t tile[kTile * kStride];
 
   // From the last tile to the first: the end of x is what the pass before has left in L2.
-  const uint32_t index = gridDim.x - 1 - blockIdx.x;
-  const uint32_t col_tiles = TileCount(args.in.cols, kTile);
-  const uint32_t row_tiles = TileCount(args.in.rows, kTile);
-  const int64_t first_col = int64_t{index % col_tiles} * kTile;
-  const int64_t first_row = int64_t{index / col_tiles % row_tiles} * kTile;
-  const int64_t batch = index / (col_tiles * row_tiles);
-  const int rows = static_cast<int>(min(args.in.rows - first_row, int64_t{kTile}));
-  const int cols = static_cast<int>(min(args.in.cols - first_col, int64_t{kTile}));
+  const Place at(gridDim.x - 1 - blockIdx.x, args.in.rows, args.in.cols, kTile, kTile);
   const int col = threadIdx.x % kLanes * kElements, lane_row = threadIdx.x / kLanes;
 
-  if (col < cols) {
-    const int64_t origin = (batch * args.in.rows + first_row) * args.in.cols + first_col + col;
+  if (col < at.cols) {
+    const int64_t origin =
+        (at.batch * args.in.rows + at.first_row) * args.in.cols + at.first_col + col;
     const uint4* x = static_cast<const uint4*>(args.in.x) + origin / kElements;
     const int64_t vectors = args.in.cols / kElements;
     uint4 held[kInFlight];
@@ -371,25 +373,25 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int r = row + i * kRowsAtOnce;
-        held[i] = r < rows ? __ldcs(x + r * vectors) : uint4{};
+        held[i] = r < at.rows ? __ldcs(x + r * vectors) : uint4{};
       }
     };
     load(lane_row);
 
-    const int64_t slice = batch * args.in.cols + first_col + col;
+    const int64_t slice = at.batch * args.in.cols + at.first_col + col;
     float scales[kElements];
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       scales[i] = ScaleOf(__float_as_uint(args.amax[slice + i]), kFormat);
     }
-    if (first_row == 0 && lane_row == 0) {
+    if (at.first_row == 0 && lane_row == 0) {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) args.scale[slice + i] = scales[i];
     }
     Scaling<kElements> scaling;
     scaling.SetEach(scales);
     Limits limits = {};
-    if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, batch);
+    if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, at.batch);
 
 #pragma unroll
     for (int chunk = 0; chunk < kTile; chunk += kChunkRows) {
@@ -397,7 +399,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int row = chunk + lane_row + i * kRowsAtOnce;
-        if (row >= rows) break;
+        if (row >= at.rows) break;
         float v[kElements];
         Unpack<kType>(held[i], v);
         uint32_t words[kElements / 4];
@@ -408,10 +410,10 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
     }
   }
   __syncthreads();
-  const int64_t at = (batch * args.in.cols + first_col) * args.in.rows + first_row;
-  StoreTransposed<kTile>(tile, kStride, rows, cols, args.in.rows,
-                         args.codes_t == nullptr ? nullptr : args.codes_t + at,
-                         args.packed_t == nullptr ? nullptr : args.packed_t + at / 2);
+  const int64_t first_t = (at.batch * args.in.cols + at.first_col) * args.in.rows + at.first_row;
+  StoreTransposed<kTile>(tile, kStride, at.rows, at.cols, args.in.rows,
+                         args.codes_t == nullptr ? nullptr : args.codes_t + first_t,
+                         args.packed_t == nullptr ? nullptr : args.packed_t + first_t / 2);
 }
 
 // --- a gradient: a scale a row and one a column ---
@@ -447,32 +449,28 @@ __global__ void __launch_bounds__(kColumnThreads)
   constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
   constexpr int kWarps = kColumnThreads / kWarp;
   __shared__ uint32_t magnitudes[kWarps][kCols];
-  const uint32_t col_blocks = TileCount(args.in.cols, kCols);
-  const uint32_t chunks = TileCount(args.in.rows, kAmaxRows);
-  const int64_t first_col = int64_t{blockIdx.x % col_blocks} * kCols;
-  const int64_t first_row = int64_t{blockIdx.x / col_blocks % chunks} * kAmaxRows;
-  const int64_t batch = blockIdx.x / (col_blocks * chunks);
+  const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxRows, kCols);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t col = first_col + lane * kElements;
+  const int64_t col = at.first_col + lane * kElements;
   const bool inside = col < args.in.cols;
-  const GradientAmax amax(args, batch);
+  const GradientAmax amax(args, at.batch);
 
   float col_factor[kElements] = {}, largest[kElements] = {};
-  if (inside) LoadFactors(args.col_factor + batch * args.in.cols + col, col_factor);
+  if (inside) LoadFactors(args.col_factor + at.batch * args.in.cols + col, col_factor);
   const uint4* x = static_cast<const uint4*>(args.in.x) +
-                   (batch * args.in.rows * args.in.cols + col) / kElements;
+                   (at.batch * args.in.rows * args.in.cols + col) / kElements;
   for (int row = warp; row < kAmaxRows; row += kInFlight * kWarps) {
     uint4 held[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int64_t r = first_row + row + i * kWarps;
+      const int64_t r = at.first_row + row + i * kWarps;
       held[i] = inside && r < args.in.rows ? __ldg(x + r * args.in.cols / kElements) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int64_t r = first_row + row + i * kWarps;
+      const int64_t r = at.first_row + row + i * kWarps;
       if (r >= args.in.rows) break;
-      const float row_factor = __ldg(args.row_factor + batch * args.in.rows + r);
+      const float row_factor = __ldg(args.row_factor + at.batch * args.in.rows + r);
       float v[kElements], of_row = 0;
       Unpack<kType>(held[i], v);
 #pragma unroll
@@ -489,7 +487,8 @@ __global__ void __launch_bounds__(kColumnThreads)
     magnitudes[warp][lane * kElements + i] = inside ? __float_as_uint(largest[i]) : 0;
   }
   __syncthreads();
-  AddColumns(magnitudes, reinterpret_cast<float*>(amax.cols) + first_col, args.in.cols - first_col);
+  AddColumns(magnitudes, reinterpret_cast<float*>(amax.cols) + at.first_col,
+             args.in.cols - at.first_col);
 }
 
 // As TileKernel, of both products at once.
@@ -505,19 +504,13 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
   __shared__ float row_scales[kTile], row_factors[kTile];
 
   // From the last tile to the first: the end of x is what the pass before has left in L2.
-  const uint32_t index = gridDim.x - 1 - blockIdx.x;
-  const uint32_t col_tiles = TileCount(args.in.cols, kTile);
-  const uint32_t row_tiles = TileCount(args.in.rows, kTile);
-  const int64_t first_col = int64_t{index % col_tiles} * kTile;
-  const int64_t first_row = int64_t{index / col_tiles % row_tiles} * kTile;
-  const int64_t batch = index / (col_tiles * row_tiles);
-  const int rows = static_cast<int>(min(args.in.rows - first_row, int64_t{kTile}));
-  const int cols = static_cast<int>(min(args.in.cols - first_col, int64_t{kTile}));
+  const Place at(gridDim.x - 1 - blockIdx.x, args.in.rows, args.in.cols, kTile, kTile);
   const int col = threadIdx.x % kLanes * kElements, lane_row = threadIdx.x / kLanes;
-  const bool inside = col < cols;
-  const GradientAmax amax(args, batch);
+  const bool inside = col < at.cols;
+  const GradientAmax amax(args, at.batch);
 
-  const int64_t origin = (batch * args.in.rows + first_row) * args.in.cols + first_col + col;
+  const int64_t origin =
+      (at.batch * args.in.rows + at.first_row) * args.in.cols + at.first_col + col;
   const uint4* x = static_cast<const uint4*>(args.in.x) + origin / kElements;
   const int64_t vectors = args.in.cols / kElements;
   uint4 held[kInFlight];
@@ -525,15 +518,15 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int r = row + i * kRowsAtOnce;
-      held[i] = inside && r < rows ? __ldcs(x + r * vectors) : uint4{};
+      held[i] = inside && r < at.rows ? __ldcs(x + r * vectors) : uint4{};
     }
   };
   load(lane_row);
-  if (threadIdx.x < rows) {
-    const int64_t row = first_row + threadIdx.x, slice = batch * args.in.rows + row;
+  if (threadIdx.x < at.rows) {
+    const int64_t row = at.first_row + threadIdx.x, slice = at.batch * args.in.rows + row;
     row_scales[threadIdx.x] = ScaleOf(amax.rows[row], kFormat);
     row_factors[threadIdx.x] = args.row_factor[slice];
-    if (first_col == 0) args.row_scale[slice] = row_scales[threadIdx.x];
+    if (at.first_col == 0) args.row_scale[slice] = row_scales[threadIdx.x];
   }
   Scaling<kElements> by_col;
   float col_factor[kElements];
@@ -541,9 +534,9 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
     float scales[kElements];
 #pragma unroll
     for (int i = 0; i < kElements; ++i)
-      scales[i] = ScaleOf(amax.cols[first_col + col + i], kFormat);
-    const int64_t slice = batch * args.in.cols + first_col + col;
-    if (first_row == 0 && lane_row == 0) {
+      scales[i] = ScaleOf(amax.cols[at.first_col + col + i], kFormat);
+    const int64_t slice = at.batch * args.in.cols + at.first_col + col;
+    if (at.first_row == 0 && lane_row == 0) {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) args.col_scale[slice + i] = scales[i];
     }
@@ -558,7 +551,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int row = chunk + lane_row + i * kRowsAtOnce;
-      if (!inside || row >= rows) break;
+      if (!inside || row >= at.rows) break;
       float v[kElements], product[kElements];
       uint32_t words[kElements / 4];
       Unpack<kType>(held[i], v);
@@ -576,8 +569,9 @@ __global__ void __launch_bounds__(kColumnThreads, 4)
   }
   __syncthreads();
   StoreTransposed<kTile>(
-      tile, kStride, rows, cols, args.in.rows,
-      args.codes_t + (batch * args.in.cols + first_col) * args.in.rows + first_row, nullptr);
+      tile, kStride, at.rows, at.cols, args.in.rows,
+      args.codes_t + (at.batch * args.in.cols + at.first_col) * args.in.rows + at.first_row,
+      nullptr);
 }
 
 // --- anything else ---
