@@ -7,7 +7,7 @@ namespace py = pybind11;
 
 // Operands, results and attributes of the targets as a number: ffi.py asks for the same one, so
 // that a module left over from another version is found out. Raise both when any of them changes.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 // Every target, and the name of its handlers less the platform.
 #define JFP4_TARGETS(X)                           \
@@ -16,7 +16,8 @@ constexpr int kInterface = 2;
   X(jfp4_quantize_gradient, Jfp4QuantizeGradient) \
   X(jfp4_thresholds, Jfp4Thresholds)              \
   X(jfp4_gemm, Jfp4Gemm)                          \
-  X(jfp4_packed_gemm, Jfp4PackedGemm)
+  X(jfp4_packed_gemm, Jfp4PackedGemm)             \
+  X(jfp4_adamw, Jfp4Adamw)
 
 extern "C" {
 #define JFP4_DECLARE(target, handler)              \

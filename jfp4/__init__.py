@@ -3,6 +3,7 @@
 from jfp4 import master as master
 from jfp4 import nn as nn
 from jfp4 import optim as optim
+from jfp4.adamw import AdamW as AdamW
 from jfp4.formats import FORMATS as FORMATS
 from jfp4.formats import Format as Format
 from jfp4.formats import pack as pack

@@ -148,8 +148,7 @@ def scale_by_adam(
     adam = optax.scale_by_adam(b1, b2, eps)
     if first == second == "float32":
         return adam
-    room = (1 - b2) * (1 - b1**2 / b2) if b2 > 0 else 0
-    bound = (1 - b1) / math.sqrt(room) if room > 0 else None
+    bound = bound_of_first(b1, b2)
 
     def init(params: Any) -> optax.ScaleByAdamState:
         def zeros(format: str) -> Any:
@@ -190,9 +189,15 @@ def scale_by_adam(
         )
 
     def limit(m: Array, root: Array) -> Array:
-        return m if bound is None else jnp.clip(m, -bound * root, bound * root)
+        return m if math.isinf(bound) else jnp.clip(m, -bound * root, bound * root)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def bound_of_first(b1: float, b2: float) -> float:
+    """The largest ratio of first moment to root that gradients can make; infinite if any can."""
+    room = (1 - b2) * (1 - b1**2 / b2) if b2 > 0 else 0
+    return (1 - b1) / math.sqrt(room) if room > 0 else math.inf
 
 
 def numbered(tree: Any) -> Any:

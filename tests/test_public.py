@@ -17,7 +17,7 @@ NAMES = {
     *("nn", "convert", "linear", "gemm", "quantize", "calibrate", "Calibration", "QTensor"),
     *("PackedQTensor", "PreparedWeight", "prepare", "Backends", "backend", "backends"),
     *("FORMATS", "Format", "pack", "unpack", "round_to_format"),
-    *("RECIPES", "Recipe", "save_codes", "optim", "master"),
+    *("RECIPES", "Recipe", "save_codes", "optim", "master", "AdamW"),
 }
 
 
@@ -108,7 +108,7 @@ def test_dependencies_run_one_way(file):
         "jfp4.ops": 2,
         **dict.fromkeys(("jfp4.nn", "jfp4.optim"), 3),
         "jfp4.master": 4,
-        "jfp4.models": 5,
+        **dict.fromkeys(("jfp4.adamw", "jfp4.models"), 5),
     }
 
     def level(module):

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from jfp4 import optim
+from jfp4.adamw import AdamW
 from train.config import TrainConfig
 
 DECAYED = ("kernel", "embedding")
@@ -24,23 +24,21 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """The whole transformation; its state counts steps without a finite gradient."""
+def make_optimizer(config: TrainConfig) -> AdamW:
+    """The optimizer; its state counts steps without a finite gradient."""
     o = config.optimizer
-    adamw = optax.chain(
-        optim.scale_by_adam(
-            o.beta1,
-            o.beta2,
-            o.eps,
-            first=o.first_moment,
-            second=o.second_moment,
-            seed=config.seed if o.rounding == "stochastic" else None,
-        ),
-        optax.add_decayed_weights(o.weight_decay, decay_mask),
-        optax.scale_by_learning_rate(schedule(config)),
+    return AdamW(
+        schedule(config),
+        b1=o.beta1,
+        b2=o.beta2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        mask=decay_mask,
+        clip_norm=o.clip_norm,
+        first=o.first_moment,
+        second=o.second_moment,
+        seed=config.seed if o.rounding == "stochastic" else None,
     )
-    clip = optax.identity() if o.clip_norm is None else optim.clip_by_norm(o.clip_norm)
-    return optim.skip_not_finite(optax.chain(clip, adamw))
 
 
 def decay_mask(params: Any) -> Any:

@@ -85,8 +85,7 @@ class Trainer:
         scale = state.loss_scale
         loss, stats, grads = self._gradient(state, batch)
         with jax.named_scope("optimizer"):
-            params, opt_state, grad_norm = master.apply_gradients(
-                self.optimizer,
+            params, opt_state, grad_norm = self.optimizer.step(
                 state.params,
                 state.opt_state,
                 grads,

@@ -29,6 +29,8 @@ inline const char* Name(ffi::DataType type) {
       return "f8e5m2";
     case ffi::U8:
       return "u8";
+    case ffi::U32:
+      return "u32";
     default:
       return "another type";
   }

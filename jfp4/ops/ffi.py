@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
 from jfp4.formats import FORMATS, get_format
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 Backend = Literal["auto", "xla", "host", "cuda"]
 Layout = Literal["codes", "codes_t", "packed"]
 
-OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm")
+OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
 """What has kernels."""
 
-INTERFACE = 2
+INTERFACE = 3
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -428,8 +428,83 @@ def packed_gemm(
     return _call("jfp4_packed_gemm", y)(a, a_scale, b, b_scale, bias)
 
 
-def _call(target: str, results: Any) -> Callable[..., Any]:
-    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
+Moment = TypeVar("Moment")  # Blocks, or float32
+
+
+def adamw(
+    grad: Float[Array, "*m n"],
+    param: Float[Array, "*m n"],
+    first: Moment,
+    second: Moment,
+    rates: Float32[Array, "6"],
+    keys: UInt32[Array, "slices 3"],
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    bound: float,
+    root: bool,
+    stochastic: bool,
+) -> tuple[Float[Array, "*m n"], Moment, Moment]:
+    """A step of AdamW in place; ``jfp4.adamw.AdamW`` says what it computes.
+
+    Args:
+        grad: bfloat16, float16 or float32.
+        param: as ``jfp4.master`` stores it, in any of these.
+        first: ``jfp4.optim.Blocks`` of the same shape, or float32.
+        second: likewise.
+        rates: factors of the gradient (two), the learning rate, 1 / (1 - b1^t),
+            1 / sqrt(1 - b2^t), and 0 to change nothing.
+        keys: of the bits that param, first and second are rounded by, in each of as many equal
+            parts of the rows.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second.
+        eps: added to the root of the second moment.
+        weight_decay: times the learning rate.
+        bound: the first moment is clipped to this many of the second's roots.
+        root: whether the second moment is kept as its root.
+        stochastic: whether moments are rounded so.
+
+    Returns:
+        The new param, first and second, in the operands' memory where XLA may have that.
+    """
+    *shape, _ = param.shape
+    # A float32 moment is one array, without scales.
+    pairs = [jax.tree.leaves(moment) for moment in (first, second)]
+    operands = [
+        param,
+        *(array for pair in pairs for array in (*pair, jnp.zeros((*shape, 0), jnp.uint8))[:2]),
+    ]
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    param, *new = _call(
+        "jfp4_adamw",
+        results,
+        input_output_aliases={1 + i: i for i in range(len(operands))},
+    )(
+        grad,
+        *operands,
+        rates,
+        keys,
+        b1=np.float32(b1),
+        rest1=np.float32(1 - b1),
+        b2=np.float32(b2),
+        rest2=np.float32(1 - b2),
+        eps=np.float32(eps),
+        weight_decay=np.float32(weight_decay),
+        bound=np.float32(bound),
+        root=root,
+        stochastic=stochastic,
+    )
+    new_first, new_second = (
+        jax.tree.unflatten(jax.tree.structure(moment), made[: len(pair)])
+        for moment, pair, made in zip((first, second), pairs, (new[:2], new[2:]), strict=True)
+    )
+    return param, new_first, new_second
+
+
+def _call(target: str, results: Any, **options: Any) -> Callable[..., Any]:
+    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all", **options)
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:

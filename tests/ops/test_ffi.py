@@ -862,7 +862,9 @@ def test_backends_reads_well():
         {"quantize": ffi.Served("cuda"), "gemm": ffi.Served("cuda"), "f": ffi.Served("xla", "why")},
     )
     assert str(served) == "on cuda: quantize, gemm by cuda; f by xla (why)"
-    assert {"quantize", "thresholds", "gemm", "packed_gemm"} == set(jfp4.backends().operations)
+    assert {"quantize", "thresholds", "gemm", "packed_gemm", "adamw"} == set(
+        jfp4.backends().operations
+    )
 
 
 def run_python(code, **environment):

@@ -81,7 +81,7 @@ def adamw(config, grads_of_steps):
 
 
 def follow(config, grads_of_steps):
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config).transformation()
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)

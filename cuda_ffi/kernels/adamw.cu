@@ -1,0 +1,311 @@
+// AdamW's step on the GPU: every byte of parameters, gradient and moments is read once and written
+// once, so that memory's speed is the kernel's.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <limits>
+
+#include "cuda_ffi/kernels/adamw.h"
+#include "cuda_ffi/kernels/element.cuh"
+
+namespace jfp4 {
+namespace {
+
+using adamw::Element;
+
+constexpr int kThreads = 256, kWarp = 32;
+constexpr int kEach = 8;                       // consecutive elements of a thread
+constexpr int kLanes = AdamW::kBlock / kEach;  // threads of a block of elements
+static_assert(kLanes == 16, "half a warp has a block, and shuffles within it");
+
+// --- elements in memory ---
+
+template <int kCount>
+__device__ __forceinline__ void LoadWords(const void* from, int64_t offset_bytes,
+                                          uint32_t (&words)[kCount]) {
+  const auto* at = static_cast<const char*>(from) + offset_bytes;
+  if constexpr (kCount == 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(at);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(at + 4 * i);
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void StoreWords(void* to, int64_t offset_bytes,
+                                           const uint32_t (&words)[kCount]) {
+  auto* at = static_cast<char*>(to) + offset_bytes;
+  if constexpr (kCount == 2) {
+    *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      *reinterpret_cast<uint4*>(at + 4 * i) =
+          make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+    }
+  }
+}
+
+template <DType kType>
+__device__ __forceinline__ void LoadAs(const void* from, int64_t offset, float (&to)[kEach]) {
+  constexpr int kElements = Word<kType>::kElements;
+  uint32_t words[kEach / kElements];
+  LoadWords(from, offset * ElementBytes(kType), words);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) to[i] = Word<kType>::Get(words[i / kElements], i % kElements);
+}
+
+// kEach numbers from a multiple of kEach on.
+__device__ __forceinline__ void Load(const void* from, DType type, int64_t offset,
+                                     float (&to)[kEach]) {
+  switch (type) {
+    case DType::kBF16:
+      return LoadAs<DType::kBF16>(from, offset, to);
+    case DType::kF16:
+      return LoadAs<DType::kF16>(from, offset, to);
+    case DType::kF32:
+      return LoadAs<DType::kF32>(from, offset, to);
+  }
+}
+
+__device__ __forceinline__ void Load(const void* from, Moment type, int64_t offset,
+                                     float (&to)[kEach]) {
+  if (type == Moment::kE4M3) {
+    uint32_t words[kEach / 4];
+    LoadWords(from, offset, words);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      to[i] = FromByte<Format::kE4M3>(words[i / 4] >> 8 * (i % 4) & 0xFF);
+    }
+  } else {
+    Load(from, type == Moment::kF16 ? DType::kF16 : DType::kF32, offset, to);
+  }
+}
+
+__device__ __forceinline__ uint16_t HalfBits(float v, DType type) {
+  return type == DType::kBF16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v))
+                              : __half_as_ushort(__float2half_rn(v));
+}
+
+__device__ __forceinline__ void Store(const float (&from)[kEach], DType type, void* to,
+                                      int64_t offset) {
+  if (type == DType::kF32) {
+    uint32_t words[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) words[i] = __float_as_uint(from[i]);
+    StoreWords(to, 4 * offset, words);
+  } else {
+    uint32_t words[kEach / 2];
+#pragma unroll
+    for (int i = 0; i < kEach; i += 2) {
+      words[i / 2] = HalfBits(from[i], type) | uint32_t{HalfBits(from[i + 1], type)} << 16;
+    }
+    StoreWords(to, 2 * offset, words);
+  }
+}
+
+__device__ __forceinline__ void Store(const float (&from)[kEach], Moment type, void* to,
+                                      int64_t offset) {
+  if (type == Moment::kE4M3) {
+    uint32_t words[kEach / 4];
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) {
+      words[i / 4] = ToBytes<Format::kE4M3>(from[i], from[i + 1], from[i + 2], from[i + 3]);
+    }
+    StoreWords(to, offset, words);
+  } else {
+    Store(from, type == Moment::kF16 ? DType::kF16 : DType::kF32, to, offset);
+  }
+}
+
+// One number.
+__device__ __forceinline__ float LoadMoment(const void* from, Moment type, int64_t index) {
+  if (type == Moment::kE4M3)
+    return FromByte<Format::kE4M3>(static_cast<const uint8_t*>(from)[index]);
+  return LoadElement(from, type == Moment::kF16 ? DType::kF16 : DType::kF32, index);
+}
+
+__device__ __forceinline__ void StoreElement(float v, DType type, void* to, int64_t index) {
+  if (type == DType::kF32) {
+    static_cast<float*>(to)[index] = v;
+  } else {
+    static_cast<uint16_t*>(to)[index] = HalfBits(v, type);
+  }
+}
+
+__device__ __forceinline__ void StoreMoment(float v, Moment type, void* to, int64_t index) {
+  if (type == Moment::kE4M3) {
+    static_cast<uint8_t*>(to)[index] = ToBytes<Format::kE4M3>(v, 0.0f, 0.0f, 0.0f) & 0xFF;
+  } else {
+    StoreElement(v, type == Moment::kF16 ? DType::kF16 : DType::kF32, to, index);
+  }
+}
+
+// --- what both kernels do with a block ---
+
+// Where a block of elements lies, and its bits' keys; every thread of a block has the same.
+struct Place {
+  int64_t first;  // element
+  uint32_t column;
+  AdamW::Keys row;
+
+  __device__ __forceinline__ Place(const AdamW& args, uint32_t block, uint32_t size) {
+    const uint32_t blocks = static_cast<uint32_t>(args.n) / size;
+    const uint32_t row_of_all = block / blocks, rows = static_cast<uint32_t>(args.rows);
+    const uint32_t slice = row_of_all / rows, row_of_slice = row_of_all - slice * rows;
+    first = int64_t{block} * size;
+    column = (block - row_of_all * blocks) * size;
+    const AdamW::Keys keys = args.keys[slice];
+    row = {adamw::Mix(row_of_slice + keys.param), adamw::Mix(row_of_slice + keys.first),
+           adamw::Mix(row_of_slice + keys.second)};
+  }
+};
+
+// A float16 parameter is kept times 2^10.
+__device__ __forceinline__ float Factor(DType type) { return type == DType::kF16 ? 0x1p10f : 1.0f; }
+
+__device__ __forceinline__ float RoundParam(float v, DType type, uint32_t row, uint32_t column) {
+  if (type == DType::kF32) return v;
+  const adamw::Grid grid = type == DType::kBF16 ? adamw::kBF16Grid : adamw::kF16Grid;
+  return adamw::RoundStochastically(__fmul_rn(v, Factor(type)), grid, adamw::Mix(row ^ column));
+}
+
+__device__ __forceinline__ float RoundMoment(float v, Moment type, bool stochastic, uint32_t row,
+                                             uint32_t column) {
+  if (!stochastic || type == Moment::kF32) return v;  // stored to nearest
+  const adamw::Grid grid = type == Moment::kE4M3 ? adamw::kE4M3Grid : adamw::kF16Grid;
+  return adamw::RoundStochastically(v, grid, adamw::Mix(row ^ column));
+}
+
+template <int kWidth>
+__device__ __forceinline__ uint32_t LargestOf(uint32_t value, uint32_t mask) {
+#pragma unroll
+  for (int i = kWidth / 2; i > 0; i /= 2) value = max(value, __shfl_xor_sync(mask, value, i));
+  return value;
+}
+
+// --- kernels ---
+
+// Rows of whole blocks: half a warp has one, in registers.
+__global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t blocks) {
+  const AdamW::Rates rates = *args.rates;
+  const uint32_t block = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
+  if (rates.finite == 0 || block >= blocks) return;
+  const uint32_t lane = threadIdx.x % kLanes, half = 0xFFFFu << (threadIdx.x & kLanes);
+  const Place place(args, block, AdamW::kBlock);
+  const int64_t offset = place.first + lane * kEach;
+  const uint32_t column = place.column + lane * kEach;
+
+  float grad[kEach], param[kEach], first[kEach], second[kEach];
+  Load(args.grad, args.grad_type, offset, grad);
+  Load(args.param, args.param_type, offset, param);
+  Load(args.first, args.first_type, offset, first);
+  Load(args.second, args.second_type, offset, second);
+  const bool scaled1 = args.first_type != Moment::kF32, scaled2 = args.second_type != Moment::kF32;
+  const float scale1 = scaled1 ? adamw::ScaleOfExponent(args.first_exponents[block]) : 1.0f;
+  const float scale2 = scaled2 ? adamw::ScaleOfExponent(args.second_exponents[block]) : 1.0f;
+  const float unit = 1 / Factor(args.param_type);
+
+  uint32_t amax1 = 0, amax2 = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const Element next = adamw::Advance(
+        args, rates, grad[i],
+        {__fmul_rn(param[i], unit), __fmul_rn(first[i], scale1), __fmul_rn(second[i], scale2)});
+    param[i] = RoundParam(next.param, args.param_type, place.row.param, column + i);
+    first[i] = next.first;
+    second[i] = next.second;
+    amax1 = max(amax1, MagnitudeBits(next.first));
+    amax2 = max(amax2, MagnitudeBits(next.second));
+  }
+  Store(param, args.param_type, args.param, offset);
+
+  const auto write = [&](float (&moment)[kEach], Moment type, uint32_t amax, uint32_t row,
+                         void* codes, uint8_t* exponents) {
+    if (type != Moment::kF32) {
+      const uint32_t exponent = adamw::ScaleExponent(LargestOf<kLanes>(amax, half), type);
+      const float inverse = adamw::InverseScale(exponent);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        moment[i] =
+            RoundMoment(__fmul_rn(moment[i], inverse), type, args.stochastic, row, column + i);
+      }
+      if (lane == 0) exponents[block] = static_cast<uint8_t>(exponent);
+    }
+    Store(moment, type, codes, offset);
+  };
+  write(first, args.first_type, amax1, place.row.first, args.first, args.first_exponents);
+  write(second, args.second_type, amax2, place.row.second, args.second, args.second_exponents);
+}
+
+// Rows of any length: a warp has one, and computes it twice, for the scales and then for the codes.
+__global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, uint32_t rows) {
+  const AdamW::Rates rates = *args.rates;
+  const uint32_t row = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (rates.finite == 0 || row >= rows) return;
+  const uint32_t lane = threadIdx.x % kWarp, n = static_cast<uint32_t>(args.n);
+  const Place place(args, row, n);
+  const bool scaled1 = args.first_type != Moment::kF32, scaled2 = args.second_type != Moment::kF32;
+  const float scale1 = scaled1 ? adamw::ScaleOfExponent(args.first_exponents[row]) : 1.0f;
+  const float scale2 = scaled2 ? adamw::ScaleOfExponent(args.second_exponents[row]) : 1.0f;
+  const float unit = 1 / Factor(args.param_type);
+
+  const auto advance = [&](uint32_t column) {
+    const int64_t at = place.first + column;
+    return adamw::Advance(args, rates, LoadElement(args.grad, args.grad_type, at),
+                          {__fmul_rn(LoadElement(args.param, args.param_type, at), unit),
+                           __fmul_rn(LoadMoment(args.first, args.first_type, at), scale1),
+                           __fmul_rn(LoadMoment(args.second, args.second_type, at), scale2)});
+  };
+  uint32_t amax1 = 0, amax2 = 0;
+  for (uint32_t column = lane; column < n; column += kWarp) {
+    const Element next = advance(column);
+    amax1 = max(amax1, MagnitudeBits(next.first));
+    amax2 = max(amax2, MagnitudeBits(next.second));
+  }
+  const uint32_t exponent1 = adamw::ScaleExponent(LargestOf<kWarp>(amax1, ~0u), args.first_type);
+  const uint32_t exponent2 = adamw::ScaleExponent(LargestOf<kWarp>(amax2, ~0u), args.second_type);
+  const float inverse1 = scaled1 ? adamw::InverseScale(exponent1) : 1.0f;
+  const float inverse2 = scaled2 ? adamw::InverseScale(exponent2) : 1.0f;
+  for (uint32_t column = lane; column < n; column += kWarp) {
+    const Element next = advance(column);
+    const int64_t at = place.first + column;
+    StoreElement(RoundParam(next.param, args.param_type, place.row.param, column), args.param_type,
+                 args.param, at);
+    StoreMoment(RoundMoment(__fmul_rn(next.first, inverse1), args.first_type, args.stochastic,
+                            place.row.first, column),
+                args.first_type, args.first, at);
+    StoreMoment(RoundMoment(__fmul_rn(next.second, inverse2), args.second_type, args.stochastic,
+                            place.row.second, column),
+                args.second_type, args.second, at);
+  }
+  // All lanes have read their row's scales: the shuffles stand between.
+  if (lane == 0 && scaled1) args.first_exponents[row] = static_cast<uint8_t>(exponent1);
+  if (lane == 0 && scaled2) args.second_exponents[row] = static_cast<uint8_t>(exponent2);
+}
+
+}  // namespace
+
+cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream) {
+  const int64_t size = args.block();
+  if (args.slices * args.rows * args.n == 0) return cudaSuccess;
+  const int64_t blocks = args.slices * args.rows * (args.n / size);
+  const bool whole = size == AdamW::kBlock;
+  const int64_t per_grid_block = kThreads / (whole ? kLanes : kWarp);
+  const int64_t grid = (blocks + per_grid_block - 1) / per_grid_block;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  // What the kernels reckon in 32 bits.
+  if (blocks > kMost || args.n > kMost || args.rows > kMost) {
+    return cudaErrorInvalidConfiguration;
+  }
+  (whole ? BlocksKernel : RowsKernel)<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(
+      args, static_cast<uint32_t>(blocks));
+  return cudaGetLastError();
+}
+
+}  // namespace jfp4

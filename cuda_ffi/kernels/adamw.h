@@ -1,0 +1,192 @@
+// One step of AdamW on parameters and moments in a few bits, in place: see jfp4/adamw.py, and
+// jfp4/optim.py and jfp4/master.py for what is kept in what.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cuda_ffi/kernels/types.h"
+
+namespace jfp4 {
+
+// What moments are made of: E4M3 bytes and float16 have a scale a block, float32 has none.
+enum class Moment : int32_t { kE4M3, kF16, kF32 };
+
+struct AdamW {
+  // Elements of a row that share a scale, or the whole row where this does not divide it.
+  static constexpr int64_t kBlock = 128;
+
+  // What differs from step to step, float32 numbers in memory.
+  struct Rates {
+    float scale;              // what the gradient is multiplied by, and
+    float clip;               // what by after that
+    float learning_rate;      //
+    float first_correction;   // 1 / (1 - b1^t)
+    float second_correction;  // 1 / sqrt(1 - b2^t)
+    float finite;             // 0 where the step is to be skipped
+  };
+
+  // Keys of the bits that a slice's parameters and moments are rounded by.
+  struct Keys {
+    uint32_t param, first, second;
+  };
+
+  int64_t slices, rows, n;  // arrays are [slices, rows, n]
+  const void* grad;
+  DType grad_type;
+  void* param;  // float16: times 2^10
+  DType param_type;
+  void* first;
+  Moment first_type;
+  uint8_t* first_exponents;  // [slices, rows, n / block], biased as float32's are
+  void* second;
+  Moment second_type;
+  uint8_t* second_exponents;
+  const Rates* rates;
+  const Keys* keys;  // a slice each
+  float b1, rest1;   // rest: 1 - b, rounded once
+  float b2, rest2;
+  float eps;
+  float weight_decay;
+  float bound;      // of |first| over the second's root; infinity for none
+  bool root;        // whether the second moment's root is kept, rather than itself
+  bool stochastic;  // how moments are rounded; parameters in two bytes always are stochastically
+
+  int64_t block() const { return n % kBlock == 0 ? kBlock : n; }
+};
+
+// Does nothing where the rates say that the step is to be skipped.
+cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream);
+
+// --- the arithmetic of an element, the same on every platform: float32, every operation rounded
+// ---
+
+#ifdef __CUDACC__
+#define JFP4_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define JFP4_HOST_DEVICE inline
+#endif
+
+namespace adamw {
+
+constexpr uint32_t kInfinity = 0x7F800000;
+constexpr int kMantissaBits = 23;
+
+JFP4_HOST_DEVICE uint32_t Bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+JFP4_HOST_DEVICE float Value(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// Never fused: nvcc fuses a product and a sum unless told not to, operation by operation.
+JFP4_HOST_DEVICE float Mul(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+JFP4_HOST_DEVICE float Add(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+// Values, whatever they are kept in.
+struct Element {
+  float param, first, second;
+};
+
+// The element after a step. A NaN stays one.
+JFP4_HOST_DEVICE Element Advance(const AdamW& c, const AdamW::Rates& rates, float grad,
+                                 Element old) {
+  const float g = Mul(Mul(grad, rates.scale), rates.clip);
+  float first = old.first, second = old.second;
+  if (c.root) {
+    const float most = Mul(c.bound, second);
+    if (first > most) first = most;
+    if (first < -most) first = -most;
+    second = Mul(second, second);
+  }
+  first = Add(Mul(c.rest1, g), Mul(c.b1, first));
+  second = Add(Mul(c.rest2, Mul(g, g)), Mul(c.b2, second));
+  const float root = sqrtf(second);
+  const float direction =
+      Mul(first, rates.first_correction) / Add(Mul(root, rates.second_correction), c.eps);
+  const float update = Add(direction, Mul(c.weight_decay, old.param));
+  return {Add(old.param, Mul(-rates.learning_rate, update)), first, c.root ? root : second};
+}
+
+// --- rounding, as jfp4/ops/rounding.py has it ---
+
+JFP4_HOST_DEVICE uint32_t Mix(uint32_t x) {
+  x += 0x9E3779B9;
+  x = (x ^ (x >> 17)) * 0xED5AD4BB;
+  x = (x ^ (x >> 11)) * 0xAC4C1B51;
+  x = (x ^ (x >> 15)) * 0x31848BAB;
+  return x ^ (x >> 14);
+}
+
+// What a float32 is rounded to: its mantissa's explicit bits, and the power of two under which
+// steps no longer shrink.
+struct Grid {
+  int mantissa_bits;
+  float least;
+};
+
+constexpr Grid kBF16Grid = {7, 0x1p-100f}, kF16Grid = {10, 0x1p-14f}, kE4M3Grid = {3, 0x1p-6f};
+
+// x on the grid, up by as many chances in 2^24 as it is above the lower neighbour; the upper 24
+// bits count.
+JFP4_HOST_DEVICE float RoundStochastically(float x, Grid grid, uint32_t bits) {
+  const uint32_t magnitude = Bits(x) & ~0x80000000u;
+  if (magnitude >= kInfinity) return x;
+  uint32_t step = magnitude & kInfinity;
+  if (step < Bits(grid.least)) step = Bits(grid.least);
+  step -= static_cast<uint32_t>(grid.mantissa_bits) << kMantissaBits;
+  const uint32_t inverse = (254u << kMantissaBits) - step;
+  const float steps = Mul(Value(magnitude), Value(inverse));
+  const float below = floorf(steps);
+  const float threshold = Mul(static_cast<float>(static_cast<int32_t>(bits >> 8)), 0x1p-24f);
+  const float rounded = threshold < Add(steps, -below) ? Add(below, 1.0f) : below;
+  return copysignf(Mul(rounded, Value(step)), x);
+}
+
+// --- scales of blocks, as jfp4/optim.py has them ---
+
+// The scale, as a biased exponent, of a block whose largest magnitude has the bits `amax`; 255 for
+// what is not finite.
+JFP4_HOST_DEVICE uint32_t ScaleExponent(uint32_t amax, Moment type) {
+  constexpr uint32_t kLeast = 127 - 80;
+  const uint32_t top = type == Moment::kE4M3 ? 7 : 14;  // the format's last binade but one
+  const uint32_t binade = amax >> kMantissaBits;
+  if (binade == 255) return 255;
+  return (binade > kLeast ? binade : kLeast) - top;
+}
+
+JFP4_HOST_DEVICE float ScaleOfExponent(uint32_t exponent) {
+  return Value(exponent << kMantissaBits);
+}
+
+// 1 / scale; zero for an infinite one.
+JFP4_HOST_DEVICE float InverseScale(uint32_t exponent) {
+  return exponent == 255 ? 0.0f : Value((254 - exponent) << kMantissaBits);
+}
+
+}  // namespace adamw
+
+#undef JFP4_HOST_DEVICE
+
+}  // namespace jfp4

@@ -1,0 +1,223 @@
+"""AdamW's kernel, byte for byte what numpy computes in float32, whatever is kept in what."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jfp4.ops import ffi
+from jfp4.ops.rounding import mix
+from jfp4.optim import BLOCK, Blocks, from_blocks, to_blocks
+
+F32 = np.float32
+B1, B2, EPS, DECAY, BOUND = 0.9, 0.95, 1e-8, 0.1, 0.5
+RATES = np.array([0.5, 0.7, 3e-3, 3.7, 4.1, 1], F32)
+PARAMS = {"float32": F32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+MOMENTS = {"e4m3": ml_dtypes.float8_e4m3fn, "float16": np.float16, "float32": F32}
+LEAST = {"bfloat16": 2.0**-100, "float16": 2.0**-14, "e4m3": 2.0**-6}
+MANTISSA = {"bfloat16": 7, "float16": 10, "e4m3": 3}
+TOP = {"e4m3": 2.0**7, "float16": 2.0**14}
+
+# Leading axis: slices. Whole blocks and rows of any length, one block and an odd number of them.
+SHAPES = [(1, 1, 128), (3, 5, 256), (2, 3, 384), (1, 1, 1), (2, 7, 5), (1, 33, 130), (3, 2, 1000)]
+
+
+def rounded(x, format, bits):
+    """Float32 on the format's grid: to nearest for no bits, and else stochastically."""
+    x = x.astype(F32)
+    if bits is None:
+        dtype = (PARAMS | MOMENTS)[format]
+        return x.astype(dtype).astype(F32)
+    _, exponent = np.frexp(np.abs(x))
+    binade = np.maximum(np.ldexp(F32(1), exponent - 1), F32(LEAST[format]))
+    step = binade * F32(2.0 ** -MANTISSA[format])
+    steps = np.abs(x) / step
+    below = np.floor(steps)
+    up = (bits >> 8).astype(F32) * F32(2.0**-24) < steps - below
+    return np.copysign((below + up) * step, x)
+
+
+def bits_of(key, rows, columns):
+    """What random_bits gives a slice, from the mixing that tests/ops/test_rounding.py holds."""
+    row = np.asarray(mix(jnp.asarray(np.arange(rows, dtype=np.uint32) + key)))
+    return np.asarray(mix(jnp.asarray(row[:, None] ^ np.arange(columns, dtype=np.uint32))))
+
+
+def encoded(values, format, bits):
+    """A moment as it is kept, codes and exponents, and None of these for float32."""
+    if format == "float32":
+        return values, None
+    *rows, n = values.shape
+    block = BLOCK if n % BLOCK == 0 else n
+    blocks = values.reshape(*rows, n // block, block)
+    mantissa, exponent = np.frexp(np.abs(blocks).max(-1))
+    binade = np.where(mantissa == 0, F32(0), np.ldexp(F32(1), exponent - 1))
+    scale = np.maximum(binade, F32(2.0**-80)) / F32(TOP[format])
+    codes = rounded((blocks / scale[..., None]).reshape(values.shape), format, bits)
+    return codes.astype(MOMENTS[format]), (scale.view(np.uint32) >> 23).astype(np.uint8)
+
+
+def decoded(codes, exponents):
+    if exponents is None:
+        return codes
+    scale = (exponents.astype(np.uint32) << 23).view(F32)
+    scale = np.repeat(scale, codes.shape[-1] // scale.shape[-1], axis=-1)
+    return codes.astype(F32) * scale
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def oracle(grad, param, first, second, rates, keys, *, formats, decay, root, stochastic):
+    """The step in separately rounded float32, as cuda_ffi/kernels/adamw.h states it."""
+    format, first_format, second_format = formats
+    scale, clip, rate, first_correction, second_correction, finite = rates
+    assert finite
+    factor = F32(2.0**10 if format == "float16" else 1)
+    g = grad.astype(F32) * scale * clip
+    p, m, v = param.astype(F32) / factor, decoded(*first), decoded(*second)
+    if root:
+        most = F32(BOUND) * v
+        m = np.where(m > most, most, np.where(m < -most, -most, m))
+        v = v * v
+    m = F32(1 - B1) * g + F32(B1) * m
+    v = F32(1 - B2) * (g * g) + F32(B2) * v
+    up = m * first_correction / (np.sqrt(v) * second_correction + F32(EPS)) + F32(decay) * p
+    p = p + -rate * up
+    _, rows, n = grad.shape
+    bits = [np.stack([bits_of(key, rows, n) for key in keys[:, i]]) for i in range(3)]
+    if format != "float32":
+        p = rounded(p * factor, format, bits[0]).astype(PARAMS[format])
+    moments = (
+        encoded(values, format, bits[i] if stochastic else None)
+        for i, values, format in (
+            (1, m, first_format),
+            (2, np.sqrt(v) if root else v, second_format),
+        )
+    )
+    return p, *moments
+
+
+@np.errstate(over="ignore")
+def case(shape, format, first, second, seed=0):
+    rng = np.random.default_rng([*shape, seed])
+
+    def gaussian(spread=1.0):
+        # Over many binades, with zeros and a row of them.
+        x = rng.normal(size=shape) * np.exp2(rng.integers(-12, 4, shape)) * spread
+        x[rng.random(shape) < 0.05] = 0
+        x[-1, -1] *= x.shape[1] == 1
+        return x.astype(F32)
+
+    # Of float16 some overflow: an infinity, as it is to be.
+    param = (gaussian() * F32(2.0**10 if format == "float16" else 1)).astype(PARAMS[format])
+    grad = gaussian(0.01).astype(PARAMS[format])
+    moments = [
+        encoded(values, kind, None)
+        for values, kind in ((gaussian(1e-3), first), (np.abs(gaussian(1e-3)), second))
+    ]
+    keys = rng.integers(0, 2**32, (shape[0], 3), dtype=np.uint32)
+    return grad, param, *moments, keys
+
+
+def as_moment(codes, exponents):
+    if exponents is None:
+        return jnp.asarray(codes)
+    return Blocks(
+        jnp.asarray(codes.view(np.uint8) if codes.dtype.itemsize == 1 else codes), exponents
+    )
+
+
+def run(grad, param, first, second, rates, keys, decay, root, stochastic):
+    step = functools.partial(
+        ffi.adamw, b1=B1, b2=B2, eps=EPS, weight_decay=decay, bound=BOUND, root=root,
+        stochastic=stochastic,
+    )  # fmt: skip
+    return jax.jit(step)(grad, param, as_moment(*first), as_moment(*second), rates, keys)
+
+
+def assert_bits(found, expected):
+    found = np.asarray(found)
+    assert found.dtype.itemsize == expected.dtype.itemsize
+    np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
+
+
+def assert_moment(found, codes, exponents):
+    assert_bits(found.codes if exponents is not None else found, codes)
+    if exponents is not None:
+        assert_bits(found.exponents, exponents)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("format", PARAMS)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("e4m3", "float16"), ("float16", "float32"), ("float32", "float16"), ("float32", "float32")],
+)
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_every_byte_is_numpys(backend, shape, format, first, second, stochastic):
+    grad, param, m, v, keys = case(shape, format, first, second)
+    root = not first == second == "float32"
+    options = {"decay": DECAY, "root": root, "stochastic": stochastic}
+    found = run(grad, param, m, v, RATES, keys, **options)
+    expected = oracle(grad, param, m, v, RATES, keys, formats=(format, first, second), **options)
+    assert_bits(found[0], expected[0])
+    assert_moment(found[1], *expected[1])
+    assert_moment(found[2], *expected[2])
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 256), (2, 7, 5)], ids=str)
+def test_a_step_that_is_skipped_changes_nothing(backend, shape):
+    grad, param, m, v, keys = case(shape, "float16", "e4m3", "float16")
+    rates = np.where(np.arange(6) == 5, 0, np.nan).astype(F32)
+    found = run(grad, param, m, v, rates, keys, DECAY, True, True)
+    assert_bits(found[0], param)
+    assert_moment(found[1], *m)
+    assert_moment(found[2], *v)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 256), (1, 2, 5)], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so_and_in_its_block(backend, shape, bad):
+    grad, param, m, v, keys = case(shape, "float32", "e4m3", "float16")
+    grad[0, 0, 1] = bad
+    new, first, second = run(grad, param, m, v, RATES, keys, DECAY, True, False)
+    block = min(shape[-1], BLOCK)
+    assert not np.isfinite(np.asarray(new)[0, 0, 1])
+    for moment in (first, second):
+        assert np.asarray(moment.exponents)[0, 0, 0] == 255
+        assert np.all(np.asarray(moment.exponents).ravel()[1:] < 255)
+    assert np.all(np.isfinite(np.delete(np.asarray(new).ravel(), 1)))
+    values = np.asarray(from_blocks(first)).reshape(-1)
+    assert np.all(np.isnan(values[:block])) and np.all(np.isfinite(values[block:]))
+
+
+def test_blocks_are_those_of_the_optimizer():
+    """The oracle's own encoding is jfp4.optim's."""
+    x = np.random.default_rng(0).normal(size=(1, 4, 384)).astype(F32)
+    for format, dtype in (("e4m3", jnp.float8_e4m3fn), ("float16", jnp.float16)):
+        codes, exponents = encoded(x, format, None)
+        found = to_blocks(jnp.asarray(x), dtype)
+        assert_bits(found.codes, codes)
+        assert_bits(found.exponents, exponents)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"param": np.zeros((3, 5, 2), F32)}, r"param is f32\[3, 5, 2\]; expected f32\[3, 5, 256"),
+        ({"first": (np.zeros((3, 5, 256), np.int8), None)}, "first is .*; expected u8, f16 or f32"),
+        ({"keys": np.zeros((4, 3), np.uint32)}, r"keys is u32\[4, 3\]; expected u32\[slices, 3\]"),
+        ({"rates": RATES[:5]}, r"rates is f32\[5\]; expected f32\[6\]"),
+        ({"first": (np.zeros((3, 5, 256), np.float16), np.zeros((3, 5, 1), np.uint8))},
+         r"first_exponents is u8\[3, 5, 1\]; expected u8\[3, 5, 2\]"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(backend, change, message):
+    grad, param, first, second, keys = case((3, 5, 256), "float32", "float16", "float16")
+    given = {"grad": grad, "param": param, "first": first, "second": second, "rates": RATES}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(
+            run(**given | {"keys": keys} | change, decay=0, root=True, stochastic=False)
+        )

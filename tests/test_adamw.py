@@ -1,0 +1,131 @@
+"""AdamW by its kernel: the chain's step, in the same state and in place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jfp4
+from jfp4 import master
+from jfp4.adamw import AdamW
+from jfp4.ops import ffi
+
+PARAMS = {
+    "stack": np.random.default_rng(0).normal(size=(5, 3, 256)).astype(np.float32),
+    "matrix": np.random.default_rng(1).normal(size=(4, 130)).astype(np.float32),
+    "vector": np.random.default_rng(2).normal(size=3).astype(np.float32),
+    "number": np.float32(0.5),
+}
+MOMENTS = [("e4m3", "float16"), ("float32", "float32"), ("float16", "float32")]
+
+
+@pytest.fixture(autouse=True)
+def _host():
+    if why := ffi.missing("host"):
+        pytest.skip(why)
+
+
+def optimizer_of(first, second, seed=None):
+    return AdamW(
+        lambda count: 1e-2 * 0.9**count,
+        b2=0.95,
+        weight_decay=0.1,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        clip_norm=1.0,
+        first=first,
+        second=second,
+        seed=seed,
+    )
+
+
+def follow(optimizer, format, backends, bad=None):
+    """Stored parameters, state and norm after a step by each of the back ends."""
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    stored, state, norm = master.encode(params, format), optimizer.init(params), None
+    for number, name in enumerate(backends):
+        rng = np.random.default_rng(100 + number)
+        grads = {
+            name: 3 * rng.normal(size=p.shape).astype(np.float32) for name, p in PARAMS.items()
+        }
+        if number == bad:
+            grads["vector"][1] = np.nan
+        with jfp4.backend(name):
+            step = jax.jit(lambda *args, n: optimizer.step(*args, scale=1 / 8, seed=7, step=n))
+            stored, state, norm = step(stored, state, grads, n=number)
+    return stored, state, norm
+
+
+@pytest.mark.parametrize("format", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("first", "second"), MOMENTS)
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_step_by_the_kernel_is_the_chains(format, first, second, seed):
+    """Whatever either of them left: their states are one tree."""
+    optimizer = optimizer_of(first, second, seed)
+    expected = follow(optimizer, format, ["xla"] * 4, bad=2)
+    for backends in (["host"] * 4, ["xla", "host", "xla", "host"]):
+        found = follow(optimizer, format, backends, bad=2)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
+            # Other roundings of float32 move a value by a few units in the last place of the terms
+            # that it is the sum of, and take one in a thousand across a middle, or a threshold, of
+            # what it is rounded to, which is coarser by 2**13 and more.
+            different = np.abs(a - b) > 2.0**-20 * np.max(np.abs(b), initial=0)
+            assert np.mean(different) <= max(0.01, 1.5 / a.size)
+
+
+@pytest.mark.parametrize("format", ["float32", "float16"])
+def test_a_skipped_step_changes_no_bit(format):
+    optimizer = optimizer_of("e4m3", "float16", 3)
+    before = follow(optimizer, format, ["host"] * 2)
+    after = follow(optimizer, format, ["host"] * 3, bad=2)
+    assert not np.isfinite(after[2])
+    for a, b in zip(
+        jax.tree.leaves((before[0], before[1].inner_state)),
+        jax.tree.leaves((after[0], after[1].inner_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert (int(after[1].total_notfinite), int(after[1].notfinite_count)) == (1, 1)
+
+
+def test_a_learning_rate_may_be_a_number():
+    schedule, number = (
+        AdamW(rate, first="float32", second="float32") for rate in (lambda count: 0.25, 0.25)
+    )
+    for a, b in zip(
+        *map(jax.tree.leaves, (follow(o, "float32", ["host"]) for o in (schedule, number))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_unknown_formats_are_named():
+    with pytest.raises(ValueError, match="first='fp8' is unknown; expected one of e4m3"):
+        AdamW(0.1, first="fp8").init(PARAMS)
+
+
+@pytest.mark.parametrize("format", ["float32", "float16"])
+@pytest.mark.parametrize(("first", "second"), MOMENTS)
+def test_everything_is_replaced_in_its_own_memory(format, first, second):
+    optimizer = optimizer_of(first, second)
+
+    def init(params):
+        return master.encode(params, format), optimizer.init(params)
+
+    def step(state, grads, number):
+        *state, norm = optimizer.step(*state, grads, step=number)
+        return state, norm
+
+    shapes = {"stack": (4, 64, 512), "matrix": (128, 512)}
+    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    state = jax.eval_shape(init, params)
+    number = jax.ShapeDtypeStruct((), np.int32)
+    with jfp4.backend("host"):
+        compiled = jax.jit(step, donate_argnums=0).lower(state, state[0], number).compile()
+    memory = compiled.memory_analysis()
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= held - 4 * len(jax.tree.leaves(state))
+    # The gradient's norm reads it in float32, a slice or a matrix at a time.
+    assert memory.temp_size_in_bytes <= 4 * 128 * 512 + 2**16
