@@ -26,9 +26,9 @@ RECIPES = ("bf16", "fp8", "fp4")
 REMAT: tuple[Literal["none", "codes", "full"], ...] = ("none", "codes", "full")
 
 PARTS: dict[str, str] = {
-    "optimizer": r"op:.*\boptimizer\b",
+    "optimizer": r"op:.*\boptimizer\b|kernel:.*AdamW",
     "attention": r"kernel:.*(fmha|flash|sdpa|cudnn)",
-    "quantise": r"kernel:.*(RowsKernel|TransposeKernel|ColumnAmaxKernel|TileKernel|"
+    "quantise": r"kernel:.*(RowsKernel|TransposeKernel|\w*AmaxKernel|\w*TileKernel|"
     r"ThresholdsKernel|Any\w*Kernel)",
     "GeMM": r"kernel:.*(GemmKernel|gemm|nvjet|cutlass|cublas)",
 }
