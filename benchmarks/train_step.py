@@ -1,8 +1,8 @@
 """A train step at the width of the 7B and 13B models: BF16, FP8 and FP4 by turns.
 
 ``python -m benchmarks.train_step`` writes results/train_step-DEVICE.json. The steps are the
-trainer's own, of models with the full width and a few layers, so that they fit without recomputing
-anything; where the time goes is read from the profiler's trace.
+trainer's own, of models with the full width and a few layers, written out, so that they fit without
+recomputing anything; where the time goes is read from the profiler's trace.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -23,7 +23,6 @@ from train.step import Trainer
 SEQUENCES, LENGTH = 8, 2048
 LAYERS = 4
 RECIPES = ("bf16", "fp8", "fp4")
-REMAT: tuple[Literal["none", "codes", "full"], ...] = ("none", "codes", "full")
 
 PARTS: dict[str, str] = {
     "optimizer": r"op:.*\boptimizer\b|kernel:.*AdamW",
@@ -37,22 +36,18 @@ first that matches counts."""
 
 
 def run(log: Log, quick: bool) -> dict[str, Any]:
-    """All recipes at both widths, with nothing recomputed and with each policy."""
+    """All recipes at both widths, with nothing recomputed."""
     steps = []
-    for model in ("llama13b", "llama7b"):
-        for remat in REMAT[: 1 if quick else None]:
-            measured = functools.partial(step_times, log, model, remat)
-            line = log.attempt(f"{model}, remat {remat}", measured)
-            if line is not None:
-                steps.append(line)
-        if quick:
-            break
+    for model in ("llama13b", "llama7b")[: 1 if quick else None]:
+        line = log.attempt(model, functools.partial(step_times, log, model))
+        if line is not None:
+            steps.append(line)
     return {"steps": steps}
 
 
-def step_times(log: Log, model: str, remat: Literal["none", "codes", "full"]) -> dict[str, Any]:
+def step_times(log: Log, model: str) -> dict[str, Any]:
     """Times the recipes' steps by turns."""
-    llama = dataclasses.replace(MODELS[model], num_layers=LAYERS, remat=remat)
+    llama = dataclasses.replace(MODELS[model], num_layers=LAYERS, remat="none", scan_layers=False)
     configs = {
         recipe: TrainConfig(
             model=model, recipe=recipe, batch_size=SEQUENCES, seq_len=LENGTH, steps=1000, lr=1e-4,
@@ -77,10 +72,10 @@ def step_times(log: Log, model: str, remat: Literal["none", "codes", "full"]) ->
         result["temp_bytes"] = compiled[recipe].temp_bytes
         shares = ", ".join(f"{k} {v:.1f}" for k, v in result["parts"].items())
         log.say(
-            f"{model}, remat {remat}, {recipe}: {result['ms']:.1f} ms, {result['tflops']:.0f} "
+            f"{model}, {recipe}: {result['ms']:.1f} ms, {result['tflops']:.0f} "
             f"TFLOP/s, {times['bf16']['ms'] / result['ms']:.2f}x BF16 ({shares})"
         )
-    return {"model": model, "remat": remat, "layers": LAYERS, "tokens": tokens, "times": times}
+    return {"model": model, "layers": LAYERS, "tokens": tokens, "times": times}
 
 
 class _Step:
@@ -153,7 +148,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "width", "remat", "recipe", "ms", "tokens/s", "TFLOP/s", "over BF16",
+    "width", "recipe", "ms", "tokens/s", "TFLOP/s", "over BF16",
     *PARTS, "rest", "temporary GiB",
 )  # fmt: skip
 
@@ -164,7 +159,7 @@ def rows(results: dict[str, Any]) -> Iterable[list[str]]:
         for recipe, time in line["times"].items():
             share = {part: ms / time["ms"] for part, ms in time["parts"].items()}
             yield [
-                line["model"].removeprefix("llama").upper(), line["remat"], recipe,
+                line["model"].removeprefix("llama").upper(), recipe,
                 f"{time['ms']:.1f}", f"{time['tokens_per_s']:,.0f}", f"{time['tflops']:.0f}",
                 f"{line['times']['bf16']['ms'] / time['ms']:.2f}x",
                 *(f"{share.get(part, 0):.0%}" for part in (*PARTS, "rest")),

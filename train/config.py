@@ -175,6 +175,10 @@ class TrainConfig:
     profile: int = 0
     """Steps to trace into run_dir/profile, for TensorBoard or Perfetto, once the first are done."""
 
+    deterministic: bool = False
+    """Only sums in one order: on a GPU too, equal steps are then equal bit for bit, and a run that
+    was resumed is the one that was not. Attention's backward and the embedding's are slower so."""
+
     plan: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only say what memory the run takes; exit 0 if it fits the device, 2 if not."""
 

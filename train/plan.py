@@ -91,6 +91,11 @@ class Plan:
         Console(width=80).print(self.table())
 
 
+def compiler_options(config: TrainConfig) -> dict[str, str | bool]:
+    """What a configuration asks of XLA."""
+    return {"xla_gpu_exclude_nondeterministic_ops": True} if config.deterministic else {}
+
+
 def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
     """Plans a run's memory from abstract shapes: no array is made.
 
@@ -116,7 +121,8 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
     )
     if plan.fixed > device_bytes:
         return dataclasses.replace(plan, activations=estimated_activations(trainer.config)), None
-    compiled = jax.jit(trainer.step, donate_argnums=0).lower(state, trainer.batch_shape()).compile()
+    lowered = jax.jit(trainer.step, donate_argnums=0).lower(state, trainer.batch_shape())
+    compiled = lowered.compile(compiler_options=compiler_options(trainer.config))
     memory: Any = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes

@@ -162,7 +162,10 @@ class Llama(nnx.Module):
             return x, nnx.state(block, _WRITTEN)
 
         if self.config.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[self.config.remat], prevent_cse=False)
+            # Where layers are written out, nothing else keeps what is computed again from being
+            # found equal to what was computed before, and kept.
+            policy, written_out = REMAT[self.config.remat], not self.config.scan_layers
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=written_out)
         x, written = jax.lax.scan(layer, x, (params, rest), unroll=not self.config.scan_layers)
         nnx.update(self.layers, written)
         return self._loaded(self.norm)(x)
