@@ -57,6 +57,7 @@ def result(run_dir: Path) -> dict[str, Any]:
         "recipe": config["recipe"],
         "optimizer": config["optimizer"],
         "remat": config["llama"]["remat"],
+        "scan_layers": config["llama"]["scan_layers"],
         "batch_size, seq_len": [config["batch_size"], config["seq_len"]],
         "tokens_per_s": statistics.median(speeds),
         "peak_bytes": lines[-1]["peak_bytes"],

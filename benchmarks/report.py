@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import report_kernels
+from benchmarks import report_kernels, train_step
 from benchmarks.provenance import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -28,11 +28,12 @@ def main() -> int:
     loss = json.loads((RESULTS / "loss.json").read_text())
     cpus = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("run-*.json"))]
+    steps = next((json.loads(p.read_text()) for p in RESULTS.glob("train_step-*.json")), None)
     kernels = report_kernels.load()
     tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels)}
     measured = {"measurements": report_kernels.measurements(kernels)}
     wanted = {
-        DOC: document(loss, cpus, runs),
+        DOC: document(loss, cpus, runs, steps),
         README: fill(README.read_text(), tables),
         KERNELS: fill(KERNELS.read_text(), measured),
     }
@@ -58,7 +59,12 @@ def fill(text: str, bodies: dict[str, str]) -> str:
     return text
 
 
-def document(loss: dict[str, Any], cpus: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
+def document(
+    loss: dict[str, Any],
+    cpus: list[dict[str, Any]],
+    runs: list[dict[str, Any]],
+    steps: dict[str, Any] | None,
+) -> str:
     """The whole of docs/results.md."""
     study, source = loss["study"], loss["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
@@ -93,7 +99,7 @@ steps, past the first tenth, whose gradient norm exceeded the clipping threshold
 
 {lessons(loss)}
 
-{large_runs(runs)}## CPU
+{train_steps(steps)}{large_runs(runs)}## CPU
 
 {cpu_tables(cpus)}
 """
@@ -109,16 +115,18 @@ def large_runs(runs: list[dict[str, Any]]) -> str:
             run["device"],
             "{master}, {first_moment}, {second_moment}".format(**run["optimizer"]),
             run["remat"],
+            "scanned" if run["scan_layers"] else "written out",
             " x ".join(str(n) for n in run["batch_size, seq_len"]),
             f"{run['tokens_per_s']:,.0f}",
             f"{run['peak_bytes'] / 2**30:.1f}",
+            f"{run['planned_bytes'] / run['peak_bytes'] - 1:+.2%}",
             f"{len(run['loss'])}",
             f"{run['loss'][0]:.2f} to {run['loss'][-1]:.2f}",
         ]
         for run in runs
     ]
-    head = ["run", "device", "weights, moments", "remat", "tokens a step", "tokens/s", "peak GiB",
-            "steps", "loss"]  # fmt: skip
+    head = ["run", "device", "weights, moments", "remat", "layers", "tokens a step", "tokens/s",
+            "peak GiB", "plan, off by", "steps", "loss"]  # fmt: skip
     commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
     return f"""## Large models on one GPU
 
@@ -126,6 +134,24 @@ Whole models, by `python -m train.main`; few steps, which tell speed and memory,
 {commits}.
 
 {_markdown(head, rows)}
+
+"""
+
+
+def train_steps(results: dict[str, Any] | None) -> str:
+    """A section on the train step's speed and its parts; nothing where it was not measured."""
+    if results is None:
+        return ""
+    source, layers = results["provenance"], results["steps"][0]["layers"]
+    return f"""## A train step by recipe
+
+Of models with the full width and {layers} layers, written out, nothing recomputed,
+{results["steps"][0]["tokens"]:,} tokens in sequences of {train_step.LENGTH:,}; weights and
+moments in float32; the recipes by turns, medians. TFLOP/s are of the model's arithmetic, whatever
+it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit
+{source["commit"]}.
+
+{train_step.table(results)}
 
 """
 
