@@ -24,6 +24,7 @@ class Plan:
 
     Attributes:
         parameters: number of parameters.
+        saved: bytes of a checkpoint, which all devices together make.
         weights: bytes of the master weights.
         optimizer: bytes of the optimizer's state.
         prepared: bytes of the weights' codes, which stand while gradients are computed.
@@ -38,6 +39,7 @@ class Plan:
     """
 
     parameters: int
+    saved: int
     weights: int
     optimizer: int
     prepared: int
@@ -98,25 +100,34 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
         The plan, and the compiled step, or None where the estimate already showed that it does
         not fit: compiling what cannot run would only keep the user waiting.
     """
-    state = trainer.abstract_state()
-    weights = _bytes(state.params) + _bytes(state.stats)
+    state, placement = trainer.abstract_state(), trainer.placement
+    weights = _held(state.params) + _held(state.stats)
     device_bytes, device = device_memory()
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     microbatches = trainer.config.optimizer.accumulation
     plan = Plan(
         parameters=parameters,
         weights=weights,
-        optimizer=_bytes((state.opt_state, state.loss_scale)),
-        prepared=_bytes(jax.eval_shape(trainer.prepare, state.params, state.stats)),
-        gradients=_bytes(state.params) * min(microbatches, 2),
+        optimizer=_held((state.opt_state, state.loss_scale)),
+        prepared=_bytes(jax.eval_shape(trainer.prepare, state.params, state.stats))
+        // (placement.mesh.size // placement.mesh.shape["data"]),
+        gradients=_held(state.params) * min(microbatches, 2),
+        saved=_bytes((state.params, state.stats, state.opt_state, state.loss_scale)),
         activations=0,
         device_bytes=device_bytes,
         device=device,
         compiled=False,
     )
     if plan.fixed > device_bytes:
-        return dataclasses.replace(plan, activations=estimated_activations(trainer.config)), None
-    compiled = jax.jit(trainer.step, donate_argnums=0).lower(state, trainer.batch_shape()).compile()
+        activations = estimated_activations(trainer.config) // placement.shards
+        return dataclasses.replace(plan, activations=activations), None
+    step = jax.jit(
+        trainer.step,
+        donate_argnums=0,
+        out_shardings=(trainer.shardings, placement.replicated),
+    )
+    with placement.in_force():
+        compiled = step.lower(state, trainer.batch_shape()).compile()
     memory: Any = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes
@@ -193,6 +204,14 @@ def _peak_resident() -> int | None:
 
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _held(tree: Any) -> int:
+    """Bytes of abstract arrays on one device, by their shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def estimated_activations(config: TrainConfig) -> int:

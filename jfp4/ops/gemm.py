@@ -232,6 +232,8 @@ def _row_major_matmul(a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
     # Fixing the layout keeps XLA from folding a caller's transpose into the product: its CPU
     # kernels take operands contiguous this way round at two to eight times the other's speed.
     row_major = Layout(major_to_minor=(0, 1))
+    if not jax.sharding.get_abstract_mesh().empty:  # XLA would gather both operands for it
+        return jnp.matmul(a, b, preferred_element_type=dtype)
     a, b = with_layout_constraint(a, row_major), with_layout_constraint(b, row_major)
     return jnp.matmul(a, b, preferred_element_type=dtype)
 
