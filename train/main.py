@@ -44,7 +44,7 @@ def run(config: TrainConfig) -> int:
 def _run(config: TrainConfig) -> int:
     import jax
 
-    from train import data, loop, placement, plan, processes, rundir
+    from train import collectives, data, loop, placement, plan, processes, rehearsal, rundir
     from train.step import Trainer
 
     def say(message: str) -> None:
@@ -61,13 +61,18 @@ def _run(config: TrainConfig) -> int:
         raise UserError(str(error)) from None
     if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
+    if config.plan and rehearsal.devices_of(config) not in (None, jax.device_count()):
+        rehearsal.rehearse(config).show()
+        return 0
     rows = config.batch_size // config.optimizer.accumulation
     placed = placement.place(config.mesh, config.llama, rows)
     trainer = Trainer(config, placed)
     if config.plan:
-        planned, _ = plan.make_plan(trainer)
+        planned, step_fn = plan.make_plan(trainer)
         if processes.is_first():
             planned.show()
+            for line in collectives.described(step_fn):
+                print(line)
         return 0 if planned.fits else 2
 
     def check() -> str:
@@ -112,6 +117,9 @@ def _run(config: TrainConfig) -> int:
             f"{config.model} takes {planned.total / plan.GIB:.1f} GiB and {planned.device} has "
             f"{planned.device_bytes / plan.GIB:.1f}; choose a smaller --model or --batch_size"
         )
+
+    for line in collectives.described(step_fn):
+        say(line)
 
     def prepare_run_dir() -> str:
         every, saved = config.checkpoint.every, planned.saved

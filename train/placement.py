@@ -13,10 +13,13 @@ from jaxtyping import Array, Int32
 
 from jfp4.models.config import LlamaConfig
 from jfp4.optim import Blocks
-from jfp4.sharding import RULES, make_mesh, parse_mesh, weight_shardings
+from jfp4.sharding import ROWS, RULES, make_mesh, parse_mesh, weight_shardings
 from train.errors import UserError
 
 Key = tuple[Any, ...]
+
+SMALL = 2**16
+"""Elements under which a leaf may be whole on every device: the scales of norms and their like."""
 
 
 class Placement:
@@ -69,9 +72,36 @@ class Placement:
             place, abstract, is_leaf=lambda leaf: isinstance(leaf, Blocks)
         )
 
+    def check_divided(self, state: Any, compiled: Any) -> None:
+        """Refuses a step in which a large leaf of the state is whole along fsdp.
+
+        It is what the compiled step asks for that counts: a layer whose variables declare no axes
+        has its weights replicated, silently, and trains as well, but for the memory.
+
+        Args:
+            state: the abstract state.
+            compiled: the sharding of each of its leaves in the compiled step.
+
+        Raises:
+            UserError: naming every such leaf.
+        """
+        wanted = self.mesh.shape[ROWS]
+        leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+        whole = [
+            f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)}"
+            for (path, leaf), place in zip(leaves, jax.tree.leaves(compiled), strict=True)
+            if math.prod(leaf.shape) >= SMALL
+            and math.prod(leaf.shape) < wanted * math.prod(place.shard_shape(leaf.shape))
+        ]
+        if whole:
+            raise UserError(
+                f"mesh={self}: whole on every device along {ROWS}={wanted} are {', '.join(whole)}; "
+                "expected each to declare its logical axes (jfp4/sharding.py)"
+            )
+
     def rows(self, count: int) -> list[int]:
         """The rows of a batch of ``count`` that this process's devices hold, ascending."""
-        places = self.batch.addressable_devices_indices_map((count,)).values()
+        places: Any = self.batch.addressable_devices_indices_map((count,)).values()
         return sorted({row for (rows,) in places for row in range(*rows.indices(count))})
 
     def put(self, own: npt.NDArray[np.int32], count: int) -> Int32[Array, "b s1"]:
