@@ -86,11 +86,17 @@ class Placement:
             UserError: naming every such leaf.
         """
         wanted = self.mesh.shape[ROWS]
-        leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+
+        def is_none(leaf: Any) -> bool:  # what there is not, and what a step does not read
+            return leaf is None
+
+        leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_none)[0]
+        places = jax.tree.leaves(compiled, is_leaf=is_none)
         whole = [
             f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)}"
-            for (path, leaf), place in zip(leaves, jax.tree.leaves(compiled), strict=True)
-            if math.prod(leaf.shape) >= SMALL
+            for (path, leaf), place in zip(leaves, places, strict=True)
+            if place is not None
+            and math.prod(leaf.shape) >= SMALL
             and math.prod(leaf.shape) < wanted * math.prod(place.shard_shape(leaf.shape))
         ]
         if whole:

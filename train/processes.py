@@ -38,6 +38,8 @@ def joined(config: TrainConfig) -> Iterator[None]:
         yield
         return
     print(f"waiting for all processes at {config.coordinator}", file=sys.stderr, flush=True)
+    # Between CPUs, programs that are under way at once would mix up their messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     address = None if config.coordinator == "auto" else config.coordinator
     try:
         jax.distributed.initialize(

@@ -1,5 +1,6 @@
 """Several processes of one run: killed, interrupted, late, and come back as fewer or more."""
 
+import itertools
 import os
 import re
 import signal
@@ -89,7 +90,8 @@ class Group:
         """Runs to the end; returns what the first process said."""
         with ended(self.start(processes, run_dir, *flags)) as running:
             outputs = [process.communicate()[0] for process in running]
-        assert [process.returncode for process in running] == [0] * processes, outputs
+        codes = [process.returncode for process in running]
+        assert codes == [0] * processes, "\n".join(outputs)
         return outputs[0]
 
 
@@ -160,7 +162,8 @@ def test_sigterm_to_one_of_four_saves_on_all_and_one_goes_on_elsewhere(group, tw
     run_dir = tmp_path / "run"
     with ended(group.start(4, run_dir)) as running:
         lines = iter(running[0].stdout.readline, "")
-        assert any(line.startswith("step 5/") for line in lines)
+        said = list(itertools.takewhile(lambda line: not line.startswith("step 5/"), lines))
+        assert running[0].poll() is None, "".join(said)
         running[3].send_signal(signal.SIGTERM)
         said = "".join(process.communicate(timeout=60)[0] for process in running)
     assert [process.returncode for process in running] == [0] * 4, said
