@@ -156,7 +156,7 @@ def scaling_tables(scaling: dict[str, Any]) -> str:
         [
             f"`{mesh['mesh']}`",
             *(
-                "{0:,}, {1:.1f}".format(n, sent / 2**30)
+                f"{n:,}, {sent / 2**30:.1f}"
                 for n, sent in (mesh["collectives"].get(kind, (0, 0)) for kind in kinds)
             ),
         ]

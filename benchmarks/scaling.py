@@ -1,8 +1,8 @@
 """What a step of llama13b would take on meshes of many GPUs, from a step compiled for them.
 
 ``python -m benchmarks.scaling`` measures nothing on a network: it compiles, counts the bytes that
-every device sends, and writes results/scaling.json. The time that these bytes take is a model, whose
-constants are below and in the result.
+every device sends, and writes results/scaling.json. The time that these bytes take is a model,
+whose constants are below and in the result.
 """
 
 import json

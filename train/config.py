@@ -38,12 +38,15 @@ def _require_known(name: str, value: str, known: dict[str, Any]) -> None:
 
 
 def _require_processes(coordinator: str | None, count: int | None, number: int | None) -> None:
-    if coordinator is None:
+    if coordinator in (None, "auto"):
         given = "num_processes" if count is not None else "process_id"
         value = count if count is not None else number
-        _require(count is None and number is None, given, value, "none without --coordinator")
+        _require(
+            count is None and number is None, given, value, "none without --coordinator=HOST:PORT"
+        )
         return
-    _require(":" in coordinator, "coordinator", coordinator, "HOST:PORT")
+    assert coordinator is not None
+    _require(":" in coordinator, "coordinator", coordinator, "HOST:PORT or auto")
     _require(count is not None and count >= 1, "num_processes", count, ">= 1 with --coordinator")
     assert count is not None
     valid = number is not None and 0 <= number < count
@@ -179,7 +182,7 @@ class TrainConfig:
     """Devices along data, fsdp and tensor, such as data=2,fsdp=-1 (-1: the rest); None: one."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0, where there are several; SLURM and Kubernetes need not be told."""
+    """HOST:PORT of process 0, where there are several; auto under SLURM and on TPU slices."""
 
     num_processes: int | None = None
     """Processes of the run, with --coordinator."""

@@ -70,20 +70,22 @@ def _attempt(flags: Sequence[str], processes: int | None, terminated: "_Terminat
     running = [subprocess.Popen([*command, *own]) for own in meeting]
     terminated.running = running
     try:
-        while any(process.poll() is None for process in running):
-            failed = [i for i, process in enumerate(running) if process.poll()]
+        while True:
+            statuses = [process.poll() for process in running]
+            failed = [i for i, status in enumerate(statuses) if status]
             if failed:
-                # What is not complete without them is not completed: nothing to wait for.
+                # What is not complete without it is not completed: nothing to wait for.
                 status = running[failed[0]].returncode
                 _say(f"process {failed[0]} of {len(running)} here ended {_how(status)}")
                 return status
+            if None not in statuses:
+                return 0
             time.sleep(POLL)
     finally:
         for process in running:
             process.kill()
         for process in running:
             process.wait()
-    return next((p.returncode for p in running if p.returncode), 0)
 
 
 def _meeting(processes: int) -> list[list[str]]:

@@ -18,7 +18,7 @@ from train.errors import UserError
 
 Key = tuple[Any, ...]
 
-SMALL = 2**16
+SMALL = 2**20
 """Elements under which a leaf may be whole on every device: the scales of norms and their like."""
 
 
