@@ -33,7 +33,8 @@ class Collective:
     Attributes:
         kind: one of ``KINDS``.
         bytes: of the whole array on one device: gathered, reduced, or sent.
-        group: ids of the devices of the first group that share it.
+        group: ids of the devices of the first group that share it; of a permute all that send or
+            receive.
         times: how often a run of the program executes it, by the trip counts of its loops.
     """
 
@@ -123,10 +124,10 @@ def _collective(
     kind = instruction.op.removesuffix("-start")
     if kind not in KINDS:
         return
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", instruction.text)
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.text)
     groups = re.search(r"replica_groups=(.*)", instruction.text)
     if pairs:
-        group = tuple(int(number) for number in pairs.groups())
+        group = tuple(sorted({int(number) for number in re.findall(r"\d+", pairs[1])}))
     else:
         group = tuple(int(number) for number in _groups(groups[1] if groups else "")[0])
     if len(group) < 2:
