@@ -20,6 +20,7 @@ from benchmarks.provenance import RESULTS, ROOT
 
 README = ROOT / "README.md"
 DOC, PICTURE = ROOT / "docs/results.md", ROOT / "docs/loss.png"
+SCALING = ROOT / "docs/scaling.md"
 KERNELS, KERNELS_PICTURE = ROOT / "docs/kernels.md", ROOT / "docs/kernels.png"
 
 
@@ -29,12 +30,14 @@ def main() -> int:
     cpus = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("run-*.json"))]
     steps = next((json.loads(p.read_text()) for p in RESULTS.glob("train_step-*.json")), None)
+    scaling = json.loads((RESULTS / "scaling.json").read_text())
     kernels = report_kernels.load()
     tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels)}
     measured = {"measurements": report_kernels.measurements(kernels)}
     wanted = {
         DOC: document(loss, cpus, runs, steps),
         README: fill(README.read_text(), tables),
+        SCALING: fill(SCALING.read_text(), {"scaling": scaling_tables(scaling)}),
         KERNELS: fill(KERNELS.read_text(), measured),
     }
     if "--check" in sys.argv[1:]:
@@ -154,6 +157,47 @@ it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commi
 {train_step.table(results)}
 
 """
+
+
+def scaling_tables(scaling: dict[str, Any]) -> str:
+    """What a step sends on each mesh, what it would take, and the constants behind it."""
+    rows = [
+        [
+            f"`{mesh['mesh']}`",
+            f"{mesh['devices']:,}",
+            f"{mesh['state bytes'] / 2**30:.1f}",
+            f"{mesh['work bytes'] / 2**30:.1f}",
+            f"{mesh['sent inside'] / 2**30:.1f}",
+            f"{mesh['sent between'] / 2**30:.1f}",
+            "{compute:.2f}, {inside:.2f}, {between:.2f}".format(**mesh["seconds"]),
+            " to ".join(f"{days:,.1f}" for days in mesh["days"]),
+            " to ".join(f"{hours:,.0f}" for hours in mesh["GPU hours"]),
+        ]
+        for mesh in scaling["meshes"]
+    ]
+    head = ["mesh", "GPUs", "state, GiB", "other, GiB", "sent in host, GiB", "between, GiB",
+            "seconds: compute, in host, between", "days", "GPU hours"]  # fmt: skip
+    kinds = dict.fromkeys(kind for mesh in scaling["meshes"] for kind in mesh["collectives"])
+    counted = [
+        [
+            f"`{mesh['mesh']}`",
+            *(
+                f"{n:,}, {sent / 2**30:.1f}"
+                for n, sent in (mesh["collectives"].get(kind, (0, 0)) for kind in kinds)
+            ),
+        ]
+        for mesh in scaling["meshes"]
+    ]
+    constants = [[name, f"{value:,.4g}"] for name, value in scaling["constants"].items()]
+    return f"""{_markdown(head, rows)}
+
+Collectives a step, and the GiB that a device sends for them:
+
+{_markdown(["mesh", *kinds], counted)}
+
+The constants, of commit {scaling["commit"]}:
+
+{_markdown(["constant", "value"], constants)}"""
 
 
 def sweep_table(sweep: list[dict[str, Any]]) -> str:

@@ -75,6 +75,7 @@ def batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[npt.NDArray[np.int32]]:
     """Yields training batches for ever, from `start_step` on, without reading those before.
 
@@ -87,14 +88,16 @@ def batches(
         batch_size: Windows in a batch.
         seed: Decides the order, together with the epoch. 0 to 2**32 - 1.
         start_step: Number of the first batch.
+        rows: Which rows of each batch are wanted, the others not being read; None is all of them.
 
     Yields:
-        int32 [batch_size, seq_len + 1], a pure function of the arguments and the step.
+        int32 [batch_size, seq_len + 1], or as many rows as are wanted; a pure function of the
+        arguments and the step.
 
     Raises:
         ValueError: There is less than one batch.
     """
-    dataset = _shuffled(tokens, seq_len, batch_size, seed)
+    dataset = _shuffled(tokens, seq_len, batch_size, seed, rows)
     # The trainer waits for one batch a step, and two threads keep that ahead of any model.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(dataset[start_step:].to_iter_dataset(ahead))
@@ -123,8 +126,16 @@ def eval_batches(
     seq_len: int,
     batch_size: int,
     max_batches: int,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[npt.NDArray[np.int32]]:
     """Yields the first windows in order: the same batches at each evaluation.
+
+    Args:
+        tokens: 1-D ids.
+        seq_len: Tokens that a window predicts.
+        batch_size: Windows in a batch.
+        max_batches: Most batches.
+        rows: Which rows of each batch are wanted; None is all of them.
 
     Yields:
         int32 [batch_size, seq_len + 1], at most `max_batches` of them, all full, so that one
@@ -132,23 +143,40 @@ def eval_batches(
         of as many as there are.
     """
     windows = TokenWindows(tokens, seq_len)
-    rows = min(batch_size, len(windows))
-    for batch in range(min(max_batches, len(windows) // max(rows, 1))):
-        yield np.stack([windows[batch * rows + row] for row in range(rows)])
+    count = eval_rows(len(windows), batch_size)
+    wanted = range(count) if rows is None else rows
+    for batch in range(min(max_batches, len(windows) // max(count, 1))):
+        yield np.stack([windows[batch * count + row] for row in wanted])
+
+
+def eval_rows(windows: int, batch_size: int, multiple: int = 1) -> int:
+    """Rows of an evaluation's batch: `batch_size`, or the largest `multiple` that windows fill."""
+    return min(batch_size, windows // multiple * multiple)
 
 
 def _shuffled(
-    tokens: Tokens | npt.NDArray[np.integer], seq_len: int, batch_size: int, seed: int
+    tokens: Tokens | npt.NDArray[np.integer],
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
 ) -> Any:
     windows = TokenWindows(tokens, seq_len)
     if len(windows) < batch_size:
         raise ValueError(f"{len(windows)} windows do not fill a batch of {batch_size}")
+    wanted = list(range(batch_size) if rows is None else rows)
+
+    def read(numbers: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        return np.stack([windows[int(number)] for number in numbers[wanted]])
+
+    # Numbers of windows are shuffled and batched, and those windows read that are wanted.
     # seed() hashes what it is given. shuffle(seed) would not, and adds the epoch to it: epoch 1
     # of seed 0 would be epoch 0 of seed 1. Batching before repeating keeps epochs apart.
     return (
-        grain.MapDataset.source(windows)
+        grain.MapDataset.source(range(len(windows)))
         .seed(seed)
         .shuffle()
         .batch(batch_size, drop_remainder=True)
         .repeat()
+        .map(read)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from train.config import CheckpointConfig
@@ -50,8 +50,11 @@ class Checkpoints:
         """
         if self.latest() == step:
             return
-        # The next step reuses the state's memory while orbax still writes: save a copy of it.
-        arrays = {name: np.array(leaf) for name, leaf in _named_leaves(state).items()}
+        # The next step reuses the state's memory while orbax still writes. Where memory is the
+        # host's, orbax would read from there.
+        arrays = _named_leaves(state)
+        if jax.default_backend() == "cpu":
+            arrays = jax.tree.map(jnp.copy, arrays)
         self.wait()
         if shutil.disk_usage(self._manager.directory).free < sum(a.nbytes for a in arrays.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # cleaner than half a save
@@ -59,7 +62,9 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(arrays))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Reads a checkpoint into the shapes and dtypes of ``abstract``.
+        """Reads a checkpoint into the shapes, dtypes and shardings of ``abstract``.
+
+        Each process reads what its own devices hold, whatever mesh the checkpoint was saved from.
 
         Raises:
             UserError: it is of another model; what differs is named.
@@ -74,13 +79,7 @@ class Checkpoints:
                     f"{shapes.get(name, 'none')}, this model's {tuple(leaf.shape)}; give the "
                     "flags of the run it is of, or another run_dir"
                 )
-        targets = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            )
-            for name, leaf in wanted.items()
-        }
-        arrays = self._manager.restore(step, args=ocp.args.StandardRestore(targets))
+        arrays = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         leaves = [arrays[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 

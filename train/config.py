@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -15,6 +16,7 @@ import tyro
 from jfp4.models.config import MODELS, LlamaConfig
 from jfp4.ops.ffi import Backend
 from jfp4.recipe import RECIPES, Recipe
+from jfp4.sharding import parse_mesh
 from train.errors import UserError
 
 PROGRAM = "python -m train.main"
@@ -33,6 +35,22 @@ def _require_known(name: str, value: str, known: dict[str, Any]) -> None:
         near = difflib.get_close_matches(value, known, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"{name}={value!r} is unknown; {hint}there are {', '.join(known)}")
+
+
+def _require_processes(coordinator: str | None, count: int | None, number: int | None) -> None:
+    if coordinator in (None, "auto"):
+        given = "num_processes" if count is not None else "process_id"
+        value = count if count is not None else number
+        _require(
+            count is None and number is None, given, value, "none without --coordinator=HOST:PORT"
+        )
+        return
+    assert coordinator is not None
+    _require(":" in coordinator, "coordinator", coordinator, "HOST:PORT or auto")
+    _require(count is not None and count >= 1, "num_processes", count, ">= 1 with --coordinator")
+    assert count is not None
+    valid = number is not None and 0 <= number < count
+    _require(valid, "process_id", number, f"0 to {count - 1}, with --num_processes={count}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +175,21 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights and of the data order."""
 
+    config: str | None = None
+    """A TOML file of flags, such as configs/gpu8.toml; flags given beside it override it."""
+
+    mesh: str | None = None
+    """Devices along data, fsdp and tensor, such as data=2,fsdp=-1 (-1: the rest); None: one."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where there are several; auto under SLURM and on TPU slices."""
+
+    num_processes: int | None = None
+    """Processes of the run, with --coordinator."""
+
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
     backend: Backend | None = None
     """What computes quantised layers: auto, xla, host or cuda; None takes JFP4_BACKEND, or auto."""
 
@@ -193,6 +226,12 @@ class TrainConfig:
         _require_known("recipe", self.recipe, RECIPES)
         if self.backend is not None:
             _require_known("backend", self.backend, dict.fromkeys(get_args(Backend)))
+        if self.mesh is not None:
+            try:
+                parse_mesh(self.mesh)
+            except ValueError as error:
+                raise UserError(f"mesh={error}") from None
+        _require_processes(self.coordinator, self.num_processes, self.process_id)
         _require(self.data != "", "data", "''", '"pystdlib" or a path')
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")
@@ -218,10 +257,11 @@ def parse(args: Sequence[str]) -> TrainConfig:
         UserError: an unknown flag, preset or value, with near names.
         SystemExit: after ``--help``.
     """
-    args = list(args)
+    file = value_of("config", list(args), None)
+    args = [*(() if file is None else flags_of(Path(file))), *args]
     kept = _kept_config(args)
-    model = _value_of("model", args, kept.model)
-    recipe = _value_of("recipe", args, kept.recipe)
+    model = value_of("model", args, kept.model)
+    recipe = value_of("recipe", args, kept.recipe)
     _require_known("model", model, MODELS)
     _require_known("recipe", recipe, RECIPES)
     default = dataclasses.replace(
@@ -239,14 +279,42 @@ def parse(args: Sequence[str]) -> TrainConfig:
 
 def _kept_config(args: list[str]) -> TrainConfig:
     """The configuration of the run to resume, where the command line names one."""
-    run_dir = _value_of("run_dir", args, None)
+    run_dir = value_of("run_dir", args, None)
     if "--resume" not in args or run_dir is None or not (Path(run_dir) / "config.json").is_file():
         return TrainConfig()
     try:
         kept = from_dict(json.loads((Path(run_dir) / "config.json").read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir}/config.json is damaged ({error}); choose another") from None
-    return dataclasses.replace(kept, resume=False, plan=False)
+    kept = dataclasses.replace(kept, resume=False, plan=False, config=None)
+    return dataclasses.replace(kept, coordinator=None, num_processes=None, process_id=None)
+
+
+def flags_of(file: Path) -> list[str]:
+    """The flags that a TOML file holds: each key is the name of one, as on the command line.
+
+    Raises:
+        UserError: it cannot be read, or is no TOML, or holds what is no flag's value.
+    """
+    try:
+        values = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"--config={file} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"--config={file} is not TOML ({error})") from None
+    flags = []
+    for name, value in values.items():
+        if not isinstance(value, str | int | float):
+            raise UserError(
+                f"--config={file}: {name} = {value}; expected a flag's value: text, a number or "
+                "true or false, under the flag's whole name in quotes"
+            )
+        group, dot, last = name.rpartition(".")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--{group}{dot}no_{last}")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def parse_flags(cls: type[Any], args: Sequence[str], program: str, default: Any = None) -> Any:
@@ -317,7 +385,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def _value_of(name: str, args: list[str], default: Any) -> Any:
+def value_of(name: str, args: list[str], default: Any) -> Any:
     """The value of --name in ``args``: some flags have to be known before the rest is parsed."""
     value = default
     for i, arg in enumerate(args):

@@ -41,7 +41,14 @@ class Corpus:
     fingerprint: str
 
 
-def load(data: str, tokenizer: str | None = None, *, seq_len: int, batch_size: int) -> Corpus:
+def load(
+    data: str,
+    tokenizer: str | None = None,
+    *,
+    seq_len: int,
+    batch_size: int,
+    valid_sequences: int = 1,
+) -> Corpus:
     """Reads, splits and encodes text, or opens what train.prepare wrote.
 
     Args:
@@ -50,11 +57,12 @@ def load(data: str, tokenizer: str | None = None, *, seq_len: int, batch_size: i
             for text. Prepared data takes no other tokenizer than its own.
         seq_len: Tokens that one sequence predicts.
         batch_size: Sequences in a training batch.
+        valid_sequences: Fewest sequences in a validation batch.
 
     Raises:
         UserError: The text cannot be read, a shard is damaged, the tokenizer is not the
             prepared data's, or there is less text than one training batch and one validation
-            sequence.
+            batch.
     """
     if (Path(data) / "meta.json").is_file():
         corpus = _load_prepared(Path(data), tokenizer)
@@ -62,7 +70,7 @@ def load(data: str, tokenizer: str | None = None, *, seq_len: int, batch_size: i
         corpus = _load_text(data, tokenizer_lib.load(tokenizer or "bytes"))
     for split, tokens, sequences in (
         ("training", corpus.train, batch_size),
-        ("validation", corpus.valid, 1),
+        ("validation", corpus.valid, valid_sequences),
     ):
         needed = sequences * seq_len + 1
         if len(tokens) < needed:

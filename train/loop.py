@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from train import plot
-from train.batches import batches, eval_batches
+from train import plot, processes
+from train.batches import TokenWindows, batches, eval_batches, eval_rows
 from train.checkpoint import Checkpoints
 from train.compare import read_metrics
 from train.config import TrainConfig
 from train.data import Corpus
 from train.errors import UserError
-from train.metrics import ProgressLine, RunLog
+from train.metrics import Mute, ProgressLine, RunLog
 from train.plan import peak_bytes
 from train.profile import Profile
 from train.step import Trainer, TrainState
@@ -59,13 +59,12 @@ def train(
     with closing(Checkpoints(run_dir, config.checkpoint)) as checkpoints:
         start = checkpoints.latest() or 0
         state = (
-            checkpoints.restore(start, trainer.abstract_state())
-            if start
-            else jax.jit(trainer.init)()
+            checkpoints.restore(start, trainer.abstract_state()) if start else trainer.placed_init()
         )
+        speaks = processes.is_first()
         with (
-            closing(RunLog(run_dir, start)) as log,
-            closing(ProgressLine(config.steps, start)) as line,
+            closing(RunLog(run_dir, start) if speaks else Mute()) as log,
+            closing(ProgressLine(config.steps, start) if speaks else Mute()) as line,
         ):
             run = _Run(config, run_dir, corpus, trainer, checkpoints, log, line)
             return run.go(state, step_fn)
@@ -81,13 +80,14 @@ class _Run:
         corpus: Corpus,
         trainer: Trainer,
         checkpoints: Checkpoints,
-        log: RunLog,
-        line: ProgressLine,
+        log: RunLog | Mute,
+        line: ProgressLine | Mute,
     ) -> None:
         self.config, self.run_dir, self.corpus = config, run_dir, corpus
         self.checkpoints, self.log, self.line = checkpoints, log, line
-        self.eval_fn = jax.jit(trainer.evaluate)
-        self.health_fn = jax.jit(trainer.health)
+        self.placement = trainer.placement
+        self.eval_fn = jax.jit(trainer.evaluate, out_shardings=self.placement.replicated)
+        self.health_fn = jax.jit(trainer.health, out_shardings=self.placement.replicated)
         self.profile = Profile(run_dir / "profile", config.profile)
         self.valid_loss: float | None = None
 
@@ -101,14 +101,17 @@ class _Run:
             batch_size=c.batch_size,
             seed=c.seed,
             start_step=step,
+            rows=self.placement.rows(c.batch_size),
         )
         clock = time.perf_counter()
         with _interrupts() as interrupted:
             while step < c.steps and not interrupted:
-                batch = next(data)
+                batch = self.placement.put(next(data), c.batch_size)
                 with self.profile.named(step + 1):
                     state, metrics = step_fn(state, batch)
                 step += 1
+                if processes.preempted(step):
+                    interrupted.append(signal.SIGTERM)
                 self._say_traced(self.profile.step(state))
                 pending.append((step, metrics))
                 evaluate = step % c.eval_every == 0 or step == c.steps
@@ -200,13 +203,16 @@ class _Run:
 
     def _evaluate(self, state: TrainState) -> float:
         c = self.config
+        windows = len(TokenWindows(self.corpus.valid, c.seq_len))
+        count = eval_rows(windows, c.batch_size, self.placement.shards)
         losses = [
-            self.eval_fn(state.params, state.stats, batch)
+            self.eval_fn(state.params, state.stats, self.placement.put(batch, count))
             for batch in eval_batches(
                 self.corpus.valid,
                 seq_len=c.seq_len,
-                batch_size=c.batch_size,
+                batch_size=count,
                 max_batches=c.eval_batches,
+                rows=self.placement.rows(count),
             )
         ]
         return float(np.mean(jax.device_get(losses), dtype=np.float64))
@@ -227,6 +233,8 @@ class _Run:
             self.line.say(f"traced {steps} steps into {self.profile.folder}")
 
     def _plot(self) -> None:
+        if not processes.is_first():
+            return
         plot.save_loss_plot(
             self.run_dir / "loss.png", {self.run_dir.name: read_metrics(self.run_dir)}
         )
@@ -234,7 +242,11 @@ class _Run:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM arrives; a second one ends the process."""
+    """A list that is empty until SIGINT or SIGTERM arrives; a second one ends the process.
+
+    Of several processes SIGTERM asks all to stop, after the same step: ``processes.preempted``.
+    SIGINT, which a terminal sends to all of them but never between the same steps, stops at once.
+    """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -242,7 +254,8 @@ def _interrupts() -> Iterator[list[int]]:
             signal.default_int_handler(number, frame)
         received.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

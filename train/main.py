@@ -33,43 +33,84 @@ def run(config: TrainConfig) -> int:
     Raises:
         UserError: a mistake that the user can mend.
     """
-    with contextlib.nullcontext() if config.backend is None else ffi.backend(config.backend):
+    # Imported late, so that a mistyped flag is answered at once.
+    from train import processes
+
+    backend = contextlib.nullcontext() if config.backend is None else ffi.backend(config.backend)
+    with processes.joined(config), backend:
         return _run(config)
 
 
 def _run(config: TrainConfig) -> int:
-    # Imported late, so that a mistyped flag is answered at once.
     import jax
 
-    from train import data, loop, plan, rundir
+    from train import collectives, data, loop, placement, plan, processes, rehearsal, rundir
     from train.step import Trainer
 
-    run_dir = Path(config.run_dir or default_run_dir(config, time.strftime("%Y%m%d-%H%M%S")))
-    try:
-        served = ffi.backends()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    def say(message: str) -> None:
+        if processes.is_first():
+            print(message, file=sys.stderr, flush=True)
+
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run_dir = Path(
+        processes.of_first(lambda: str(config.run_dir or default_run_dir(config, stamp)))
+    )
     if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
-    trainer = Trainer(config)
+    if config.plan and rehearsal.devices_of(config) not in (None, jax.device_count()):
+        rehearsal.rehearse(config).show()
+        return 0
+    rows = config.batch_size // config.optimizer.accumulation
+    placed = placement.place(config.mesh, config.llama, rows)
+    try:
+        with placed.in_force():
+            served = ffi.backends()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    trainer = Trainer(config, placed)
     if config.plan:
-        planned, _ = plan.make_plan(trainer)
-        planned.show()
+        planned, step_fn = plan.make_plan(trainer)
+        if processes.is_first():
+            planned.show()
+            for line in collectives.described(step_fn):
+                print(line)
         return 0 if planned.fits else 2
 
-    rundir.check(run_dir, config)
-    corpus = data.load(
-        config.data, config.tokenizer, seq_len=config.seq_len, batch_size=config.batch_size
-    )
-    if corpus.tokenizer.vocab_size > config.llama.vocab_size:
-        raise UserError(
-            f"the tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size:,} ids and "
-            f"{config.model} a vocabulary of {config.llama.vocab_size:,}; set --model.vocab_size"
+    def check() -> str:
+        rundir.check(run_dir, config)
+        return ""
+
+    corpora = []
+
+    def load() -> str:
+        corpus = data.load(
+            config.data,
+            config.tokenizer,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            valid_sequences=placed.shards,
         )
+        if corpus.tokenizer.vocab_size > config.llama.vocab_size:
+            raise UserError(
+                f"the tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size:,} ids "
+                f"and {config.model} a vocabulary of {config.llama.vocab_size:,}; set "
+                "--model.vocab_size"
+            )
+        corpora.append(corpus)
+        return f"{corpus.fingerprint} {rundir.identity(config)}"
+
+    processes.of_first(check)
+    if len(set(processes.agreed(load))) > 1:
+        raise UserError("processes differ in --data or other flags; expected the same for all")
+    (corpus,) = corpora
     rundir.check_data(run_dir, corpus.fingerprint)
     if config.quantization.quantizes:
-        print(served, file=sys.stderr)
-    print(f"{config.model} in {config.recipe}: compiling", file=sys.stderr, flush=True)
+        say(str(served))
+    if config.mesh is None and jax.local_device_count() > 1:
+        devices = jax.local_device_count()
+        say(f"warning: one of {devices} devices is used; --mesh=fsdp={devices} would use all")
+    mesh = "" if config.mesh is None else f" on {placed}"
+    say(f"{config.model} in {config.recipe}{mesh}: compiling")
     planned, step_fn = plan.make_plan(trainer)
     if not planned.fits or step_fn is None:
         planned.show()
@@ -77,14 +118,18 @@ def _run(config: TrainConfig) -> int:
             f"{config.model} takes {planned.total / plan.GIB:.1f} GiB and {planned.device} has "
             f"{planned.device_bytes / plan.GIB:.1f}; choose a smaller --model or --batch_size"
         )
-    every, saved = config.checkpoint.every, planned.weights + planned.optimizer
-    try:
-        rundir.check_space(run_dir, (config.checkpoint.keep + 1) * saved if every else saved)
-    except UserError as error:
-        if every:
-            raise
-        print(f"warning: an interrupt could not be saved: {error}", file=sys.stderr)
-    try:
+
+    for line in collectives.described(step_fn):
+        say(line)
+
+    def prepare_run_dir() -> str:
+        every, saved = config.checkpoint.every, planned.saved
+        try:
+            rundir.check_space(run_dir, (config.checkpoint.keep + 1) * saved if every else saved)
+        except UserError as error:
+            if every:
+                raise
+            say(f"warning: an interrupt could not be saved: {error}")
         rundir.write(
             run_dir,
             config,
@@ -93,16 +138,22 @@ def _run(config: TrainConfig) -> int:
             parameters=planned.parameters,
             planned_bytes=planned.total,
         )
-        print(
+        return ""
+
+    try:
+        processes.of_first(prepare_run_dir)
+        say(
             f"{planned.parameters:,} parameters, {len(corpus.train):,} training tokens; "
-            f"writing to {run_dir}",
-            file=sys.stderr,
+            f"writing to {run_dir}"
         )
-        outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
+        with placed.in_force():
+            outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
     except OSError as error:
         raise UserError(
             f"cannot write to {run_dir}: {error.strerror or error}; make room and add --resume"
         ) from error
+    if not processes.is_first():
+        return 0
     if outcome.interrupted:
         print(f"saved step {outcome.step}; go on with {PROGRAM} --run_dir={run_dir} --resume")
     elif outcome.valid_loss is None:

@@ -63,6 +63,28 @@ class RunLog:
         self._events.write(event.SerializeToString())
 
 
+class Mute:
+    """What a process has for ``RunLog`` and ``ProgressLine`` that leaves speaking to another."""
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Writes nothing."""
+
+    def health(self, step: int, measures: dict[str, dict[str, Any]]) -> None:
+        """Writes nothing."""
+
+    def report(self, step: int, loss: float, tokens_per_s: float, seconds_left: float) -> None:
+        """Shows nothing."""
+
+    def say(self, message: str) -> None:
+        """Says nothing."""
+
+    def flush(self) -> None:
+        """Has nothing to hand on."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
 def _open_at(path: Path, start_step: int) -> TextIO:
     """Opens a log for appending after dropping what is later than ``start_step`` or torn."""
     file = path.open("a+")

@@ -24,6 +24,7 @@ class Plan:
 
     Attributes:
         parameters: number of parameters.
+        saved: bytes of a checkpoint, which all devices together make.
         weights: bytes of the master weights.
         optimizer: bytes of the optimizer's state.
         prepared: bytes of the weights' codes, which stand while gradients are computed.
@@ -38,6 +39,7 @@ class Plan:
     """
 
     parameters: int
+    saved: int
     weights: int
     optimizer: int
     prepared: int
@@ -102,27 +104,18 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
     Returns:
         The plan, and the compiled step, or None where the estimate already showed that it does
         not fit: compiling what cannot run would only keep the user waiting.
+
+    Raises:
+        UserError: the mesh does not divide a weight, or a weight would be whole on every device.
     """
-    state = trainer.abstract_state()
-    weights = _bytes(state.params) + _bytes(state.stats)
-    device_bytes, device = device_memory()
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    microbatches = trainer.config.optimizer.accumulation
-    plan = Plan(
-        parameters=parameters,
-        weights=weights,
-        optimizer=_bytes((state.opt_state, state.loss_scale)),
-        prepared=_bytes(jax.eval_shape(trainer.prepare, state.params, state.stats)),
-        gradients=_bytes(state.params) * min(microbatches, 2),
-        activations=0,
-        device_bytes=device_bytes,
-        device=device,
-        compiled=False,
-    )
-    if plan.fixed > device_bytes:
-        return dataclasses.replace(plan, activations=estimated_activations(trainer.config)), None
-    lowered = jax.jit(trainer.step, donate_argnums=0).lower(state, trainer.batch_shape())
-    compiled = lowered.compile(compiler_options=compiler_options(trainer.config))
+    plan, state, placement = sizes(trainer), trainer.abstract_state(), trainer.placement
+    if plan.fixed > plan.device_bytes:
+        activations = estimated_activations(trainer.config) // placement.shards
+        return dataclasses.replace(plan, activations=activations), None
+    with placement.in_force():
+        lowered = jitted_step(trainer).lower(state, trainer.batch_shape())
+        compiled = lowered.compile(compiler_options=compiler_options(trainer.config))
+    placement.check_divided(state, compiled.input_shardings[0][0])
     memory: Any = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes
@@ -132,7 +125,7 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
     )
     # The compiler's temporaries hold the codes and the gradient too, though not always all of
     # them at once.
-    rest = max(peak - weights - plan.optimizer, 0)
+    rest = max(peak - plan.weights - plan.optimizer, 0)
     prepared = min(plan.prepared, rest)
     gradients = min(plan.gradients, rest - prepared)
     plan = dataclasses.replace(
@@ -143,6 +136,34 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
         compiled=True,
     )
     return plan, compiled
+
+
+def sizes(trainer: Trainer) -> Plan:
+    """What is known of a plan before anything is compiled: all but the activations."""
+    state, mesh = trainer.abstract_state(), trainer.placement.mesh
+    device_bytes, device = device_memory()
+    return Plan(
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        saved=_bytes((state.params, state.stats, state.opt_state, state.loss_scale)),
+        weights=_held(state.params) + _held(state.stats),
+        optimizer=_held((state.opt_state, state.loss_scale)),
+        prepared=_bytes(jax.eval_shape(trainer.prepare, state.params, state.stats))
+        // (mesh.size // mesh.shape["data"]),
+        gradients=_held(state.params) * min(trainer.config.optimizer.accumulation, 2),
+        activations=0,
+        device_bytes=device_bytes,
+        device=device,
+        compiled=False,
+    )
+
+
+def jitted_step(trainer: Trainer) -> Any:
+    """``trainer.step``, its state donated, and each array where it belongs on the mesh."""
+    return jax.jit(
+        trainer.step,
+        donate_argnums=0,
+        out_shardings=(trainer.shardings, trainer.placement.replicated),
+    )
 
 
 def kept_bytes(config: TrainConfig) -> int:
@@ -199,6 +220,14 @@ def _peak_resident() -> int | None:
 
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _held(tree: Any) -> int:
+    """Bytes of abstract arrays on one device, by their shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def estimated_activations(config: TrainConfig) -> int:

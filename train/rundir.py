@@ -1,5 +1,6 @@
 """The run directory: what it is of, and whether a run may begin or go on in it."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,8 @@ CONFIG = "config.json"
 PACKAGES = ("jfp4", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 FREE = ("resume", "plan", "backend", "run_dir", "data", "tokenizer", "eval_every", "eval_batches",
-        "log", "checkpoint")  # fmt: skip
+        "log", "checkpoint", "config", "mesh", "coordinator", "num_processes",
+        "process_id")  # fmt: skip
 """Fields that may change when a run goes on: they change no parameter (data goes by content)."""
 
 
@@ -116,6 +118,11 @@ def write(
     partial = run_dir / (CONFIG + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, run_dir / CONFIG)
+
+
+def identity(config: TrainConfig) -> str:
+    """A digest of the settings that have a part in the parameters."""
+    return hashlib.sha256(json.dumps(_identity(to_dict(config))).encode()).hexdigest()
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

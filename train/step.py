@@ -1,6 +1,8 @@
 """Pure functions of training: initial state, train step, evaluation, quantisation health."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +14,11 @@ from jfp4 import master
 from jfp4.models.llama import Llama, split_params
 from jfp4.nn import Linear, Prepared
 from jfp4.optim import norm_and_finite
+from jfp4.sharding import constrain, constrain_weights
 from train.config import TrainConfig
 from train.loss_scale import LossScale
 from train.optimizer import decay_mask, make_optimizer, schedule
+from train.placement import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -34,10 +38,14 @@ class TrainState:
 
 
 class Trainer:
-    """The functions of a configuration, ready to be compiled; holds no arrays."""
+    """The functions of a configuration, ready to be compiled for a mesh; holds no arrays.
 
-    def __init__(self, config: TrainConfig) -> None:
+    They are to be traced with ``placement.in_force()``.
+    """
+
+    def __init__(self, config: TrainConfig, placement: Placement | None = None) -> None:
         self.config = config
+        self.placement = Placement() if placement is None else placement
         self.optimizer = make_optimizer(config)
         self.schedule = schedule(config)
         model = nnx.eval_shape(self._model)
@@ -61,13 +69,32 @@ class Trainer:
             loss_scale=LossScale.init() if self.scales_loss else None,
         )
 
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        """Where each leaf of the state lies.
+
+        Raises:
+            UserError: the mesh does not divide a weight.
+        """
+        return self.placement.state(jax.eval_shape(self.init))
+
+    @functools.cached_property
+    def placed_init(self) -> Callable[[], TrainState]:
+        """``init``, compiled so that every device makes its part of the state alone."""
+        return jax.jit(self.init, out_shardings=self.shardings)
+
     def abstract_state(self) -> TrainState:
-        """Shapes and dtypes of the state, without making it."""
-        return jax.eval_shape(self.init)
+        """Shapes, dtypes and shardings of the state, without making it."""
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(self.init),
+            self.shardings,
+        )
 
     def batch_shape(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a batch: the inputs and, one later, their targets."""
-        return jax.ShapeDtypeStruct((self.config.batch_size, self.config.seq_len + 1), jnp.int32)
+        """Shape, dtype and sharding of a batch: the inputs and, one later, their targets."""
+        shape = (self.config.batch_size, self.config.seq_len + 1)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.batch)
 
     def step(
         self, state: TrainState, batch: Int32[Array, "b s1"]
@@ -145,7 +172,7 @@ class Trainer:
 
         def gradient(params: Any, stats: Any, tokens: Array) -> tuple[Any, Any]:
             grads, aux = jax.grad(loss_of, has_aux=True)(params, stats, tokens)
-            return aux, grads
+            return aux, constrain_weights(grads)
 
         n = self.config.optimizer.accumulation
         if n == 1:
@@ -159,7 +186,7 @@ class Trainer:
             return (loss + new_loss / n, stats, grads), None
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        microbatches = batch.reshape(n, -1, batch.shape[1])
+        microbatches = constrain(batch.reshape(n, -1, batch.shape[1]), None, "batch")
         carry, _ = jax.lax.scan(accumulate, (jnp.float32(0), state.stats, zeros), microbatches)
         return carry
 

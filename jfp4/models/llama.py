@@ -1,5 +1,6 @@
 """The Llama decoder in flax.nnx, its layers stacked under scan."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +15,7 @@ from jfp4.nn import CalibrationStat, Linear, Prepared, convert
 from jfp4.ops.cross_entropy import cross_entropy, cross_entropy_of_logits
 from jfp4.ops.linear import CODES_NAME
 from jfp4.recipe import Recipe, get_recipe
+from jfp4.sharding import batch_shards, constrain
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -129,8 +131,16 @@ class Llama(nnx.Module):
                     "expected None: its scales are those of all tokens"
                 )
             return cross_entropy_of_logits(self._logits(x), targets)
-        x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        return cross_entropy(x, self._head_weight(), targets, chunk=chunk)
+        # Where a mesh divides the batch each part makes chunks of its own, and adds up its own
+        # gradient of the head; without one, there is one part.
+        parts = batch_shards()
+        x = constrain(x.reshape(parts, -1, x.shape[-1]), "batch")
+        targets = constrain(targets.reshape(parts, -1), "batch")
+        mean = functools.partial(cross_entropy, chunk=chunk)
+        if parts == 1:
+            return mean(x[0], self._head_weight(), targets[0])
+        head = constrain(self._head_weight(), None, "vocab")
+        return jnp.mean(jax.vmap(mean, (0, None, 0))(x, head, targets))
 
     def prepare(self) -> None:
         """Quantises every layer's weight once for all calls; see ``jfp4.nn.Linear.prepare``."""
@@ -151,14 +161,14 @@ class Llama(nnx.Module):
 
     def _decode(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         check_tokens(tokens, "tokens")
-        x = self._loaded(self.embed)(tokens)
+        x = constrain(self._loaded(self.embed)(tokens), "batch")
         sin_cos = rotary_angles(x.shape[1], self.config.head_dim, self.config.rope_theta)
         graph, params, rest = split_params(self.layers)
 
         def layer(x: Array, states: tuple[Any, Any]) -> tuple[Array, Any]:
             params, rest = states
             block = nnx.merge(graph, self.load(params), rest)
-            x = block(x, sin_cos)
+            x = constrain(block(x, sin_cos), "batch")
             return x, nnx.state(block, _WRITTEN)
 
         if self.config.remat != "none":

@@ -78,10 +78,18 @@ _platforms = frozenset() if _module is None else _register(_module)
 
 
 def missing(path: Literal["host", "cuda"]) -> str:
-    """Why this path cannot serve on this machine; empty if it can."""
+    """Why this path cannot serve on this machine, or the mesh in force; empty if it can."""
     if _module is None:
         return _why_no_module
-    return "" if path == "host" else _missing_cuda()
+    return ("" if path == "host" else _missing_cuda()) or _undivided()
+
+
+def _undivided() -> str:
+    """XLA divides its own operations over a mesh; the operands of a kernel it would gather."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+        return ""
+    return f"kernels are not divided over the mesh of {mesh.size} devices, but in jax.shard_map"
 
 
 def _missing_cuda() -> str:

@@ -231,8 +231,11 @@ def _bfloat16_sums(a: Array, b: Array) -> Float32[Array, "m n"]:
 def _row_major_matmul(a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
     # Fixing the layout keeps XLA from folding a caller's transpose into the product: its CPU
     # kernels take operands contiguous this way round at two to eight times the other's speed.
-    row_major = Layout(major_to_minor=(0, 1))
-    a, b = with_layout_constraint(a, row_major), with_layout_constraint(b, row_major)
+    if jax.sharding.get_abstract_mesh().empty:
+        row_major = Layout(major_to_minor=(0, 1))
+        a, b = with_layout_constraint(a, row_major), with_layout_constraint(b, row_major)
+    else:  # where it would have XLA gather both operands; a barrier has it divide them
+        a, b = lax.optimization_barrier((a, b))
     return jnp.matmul(a, b, preferred_element_type=dtype)
 
 

@@ -129,7 +129,9 @@ def test_bytes_kept_a_token_a_layer(remat, load, monkeypatch):
 def plan_of(**changes):
     sizes = dict(weights=4 * 2**30, optimizer=7 * 2**30, prepared=2**30, gradients=2**31)
     sizes["activations"] = 2**30
-    rest = dict(parameters=10**9, device_bytes=15 * 2**30, device="A1", compiled=True)
+    rest = dict(
+        parameters=10**9, saved=11 * 2**30, device_bytes=15 * 2**30, device="A1", compiled=True
+    )
     return Plan(**sizes | rest | changes)
 
 

@@ -41,6 +41,7 @@ class _Jax:
 
     jit = staticmethod(functools.cache(jax.jit))
     device_get = staticmethod(jax.device_get)
+    process_count = staticmethod(jax.process_count)
 
 
 @functools.cache
@@ -48,8 +49,9 @@ def _trainer(config):
     return Trainer(config)
 
 
-def _shared_trainer(config):
-    """One trainer for all configurations that compile to the same functions."""
+def _shared_trainer(config, placement):
+    """One trainer, on one device, for all configurations that compile to the same functions."""
+    assert placement.mesh.size == 1
     return _trainer(
         dataclasses.replace(
             config,

@@ -1,0 +1,82 @@
+"""Twenty steps on each of several meshes, as a program of its own: it needs eight devices.
+
+Prints a JSON object of losses by case, and what the devices of a mesh hold.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from jfp4.sharding import make_mesh, parse_mesh
+from train.batches import batches
+from train.config import parse
+from train.placement import Placement
+from train.step import Trainer
+
+MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+STEPS, ROWS, SEQ = 20, 8, 16
+
+FLAGS = (
+    "--model.num_layers=2",
+    "--model.scan_layers",
+    "--model.dtype=float32",
+    "--model.embed_dim=64",
+    "--model.mlp_dim=128",
+    "--model.num_heads=8",
+    "--model.num_kv_heads=8",
+    "--recipe.occ_sample=None",
+    "--optimizer.first_moment=e4m3",
+    "--optimizer.second_moment=float16",
+    f"--batch_size={ROWS}",
+    f"--seq_len={SEQ}",
+    f"--steps={STEPS}",
+)
+
+
+def tokens():
+    """Text with a pattern, so that there is something to learn."""
+    text = "".join(f"x{i} = {i * i} + {i % 7}\n" for i in range(4000))
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def run(placement, change=lambda batch: batch):
+    """The losses of a run, and the state after it."""
+    config = parse(FLAGS)
+    trainer = Trainer(config, placement)
+    with placement.in_force():
+        state = trainer.placed_init()
+        step = jax.jit(trainer.step, out_shardings=(trainer.shardings, placement.replicated))
+        data = batches(tokens(), seq_len=SEQ, batch_size=ROWS, seed=0)
+        losses = []
+        for _ in range(STEPS):
+            batch = change(next(data))
+            own = batch[placement.rows(ROWS)]
+            state, metrics = step(state, placement.put(own, ROWS))
+            losses.append(metrics["loss"])
+    return [float(loss) for loss in losses], state
+
+
+def main():
+    """Runs every case."""
+    results = {}
+    one = Placement()
+    results["one device"], _ = run(one)
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        order = rng.permutation(ROWS)
+        results[f"order {i}"], _ = run(one, lambda batch, order=order: batch[order])
+    # What comes of a gradient, or of a loss, that was reduced over half of the devices alone.
+    half = np.r_[: ROWS // 2, : ROWS // 2]
+    results["half"], _ = run(one, lambda batch: batch[half])
+    for text in MESHES:
+        placement = Placement(make_mesh(parse_mesh(text)))
+        results[text], state = run(placement)
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+        results[f"{text} holds"] = held / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The launcher: what it starts, again or not, and what it says; of programs that only end."""
+
+import json
+import signal
+import sys
+
+import pytest
+
+from train import launch
+
+# Stands for train.main: writes down its flags, and ends by the statuses in a file, one a start.
+PROGRAM = """
+import json, os, signal, sys
+from pathlib import Path
+run_dir = Path(next(f for f in sys.argv if f.startswith("--run_dir=")).split("=")[1])
+number = next((f[-1] for f in sys.argv if f.startswith("--process_id=")), "0")
+with (run_dir / f"starts{number}").open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+starts = len((run_dir / f"starts{number}").read_text().splitlines())
+(run_dir / "config.json").touch()
+status = json.loads((run_dir / "statuses").read_text())[number][starts - 1]
+if status < 0:
+    os.kill(os.getpid(), -status)
+if status == 99:
+    signal.pause()
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def launched(tmp_path, monkeypatch, capfd):
+    """Launches a program that ends so; gives the status, each start's flags, and what was said."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    class Popen(launch.subprocess.Popen):
+        def __init__(self, command):
+            assert command[:3] == [sys.executable, "-m", "train.main"]
+            super().__init__([sys.executable, tmp_path / "program.py", *command[3:]])
+
+    def run(statuses, *flags):
+        (tmp_path / "statuses").write_text(json.dumps(statuses))
+        monkeypatch.setattr(launch.subprocess, "Popen", Popen)
+        status = launch.main([f"--run_dir={tmp_path}", *flags])
+        starts = [
+            [json.loads(line) for line in path.read_text().splitlines()]
+            for path in sorted(tmp_path.glob("starts*"))
+        ]
+        return status, starts, capfd.readouterr().err
+
+    return run
+
+
+def test_what_is_killed_starts_again_and_resumes(launched):
+    status, (starts,), said = launched({"0": [-9, 1, 0]}, "--lr=1")
+    assert status == 0
+    assert [start[1:] for start in starts] == [["--lr=1"], *[["--lr=1", "--resume"]] * 2]
+    assert "launch: process 0 of 1 here ended by SIGKILL" in said
+    assert "launch: starting again, 2 of at most 10 times" in said
+
+
+def test_a_mistake_does_not_start_again(launched):
+    status, (starts,), _ = launched({"0": [2]})
+    assert status == 2 and len(starts) == 1
+
+
+def test_no_more_than_so_many_times(launched):
+    status, (starts,), _ = launched({"0": [1, 1, 1]}, "--restarts=1")
+    assert status == 1 and len(starts) == 2
+
+
+def test_one_that_dies_ends_the_others(launched):
+    # The second would wait for ever, as one does in a collective.
+    status, (first, second), said = launched({"0": [-9, 0], "1": [99, 0]}, "--processes=2")
+    assert status == 0 and len(first) == len(second) == 2
+    for number, starts in enumerate((first, second)):
+        for start in starts:
+            assert "--num_processes=2" in start and f"--process_id={number}" in start
+            assert sum(flag.startswith("--coordinator=127.0.0.1:") for flag in start) == 1
+    assert "ended by SIGKILL" in said
+
+
+def test_it_wants_a_run_dir_and_one_way_to_meet(capsys):
+    assert launch.main(["--lr=1"]) == 2
+    assert "--run_dir=None; expected a directory" in capsys.readouterr().err
+    assert launch.main(["--run_dir=r", "--processes=2", "--coordinator=h:1"]) == 2
+    assert "--processes=2 with --coordinator; expected one of them" in capsys.readouterr().err
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with launch._Terminated():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

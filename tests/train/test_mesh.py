@@ -1,0 +1,70 @@
+"""A run on eight devices, however they are laid out, is the run on one."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from on_meshes import MESHES, ROWS, SEQ
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def losses():
+    flag = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("on_meshes.py")],
+        env=os.environ | {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def differences(losses, case):
+    return [abs(a - b) for a, b in zip(losses[case], losses["one device"], strict=True)]
+
+
+def bounds(losses):
+    """What the losses of a right reduction may differ by, at each step.
+
+    The first: each token's loss is the same but for roundings of its own, and any two orders of
+    summing t of them differ by at most 2 (t - 1) units roundoff, relatively. Later ones: a code may
+    fall on the other side of a rounding, and from then on the runs part. How fast they do is
+    measured: on one device, the rows of every batch in another order change no sum but its order.
+    Four times the largest difference seen so far in three such runs is what another order may make.
+    """
+    first = losses["one device"][0] * 2 * (ROWS * SEQ - 1) * 2.0**-24
+    orders = zip(*(differences(losses, f"order {i}") for i in range(3)), strict=True)
+    seen = itertools.accumulate((max(step) for step in orders), max)
+    largest = max(seen)
+    return [first, *[4 * largest] * (len(losses["one device"]) - 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_are_those_of_one_device(losses, mesh):
+    found = differences(losses, mesh)
+    assert all(a <= b for a, b in zip(found, bounds(losses), strict=True)), found
+
+
+@pytest.mark.slow
+def test_a_reduction_over_half_of_the_devices_breaks_every_bound(losses):
+    found = differences(losses, "half")
+    assert all(a > 2 * b for a, b in zip(found, bounds(losses), strict=True)), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "parts"),
+    [("data=8", 1), ("fsdp=8", 8), ("tensor=8", 8), ("data=2,fsdp=2,tensor=2", 4)],
+)
+def test_a_device_holds_its_part_of_the_state(losses, mesh, parts):
+    # Besides, whole, the scales of norms and some counters.
+    assert 0 <= losses[f"{mesh} holds"] - 1 / parts < 0.004

@@ -1,0 +1,192 @@
+"""Several processes of one run: killed, interrupted, late, and come back as fewer or more."""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import assert_same_arrays, lines_of, saved_arrays
+
+from train.launch import _meeting
+
+ROOT = Path(__file__).parents[2]
+DEVICES = 4
+FLAGS = (
+    "--model.num_layers=1",
+    "--model.embed_dim=32",
+    "--model.mlp_dim=64",
+    "--model.num_heads=2",
+    "--model.num_kv_heads=2",
+    "--batch_size=4",
+    "--seq_len=16",
+    "--steps=24",
+    "--eval_every=24",
+    "--eval_batches=2",
+    "--checkpoint.every=4",
+    "--log.every=1",
+    "--log.health_every=0",
+    "--mesh=fsdp=2,tensor=2",
+)
+
+# Kills its process when it opens a file of the given checkpoint.
+KILLED = """
+import os, signal, sys
+part = sys.argv[1]
+def kill(event, args):
+    if event in ("open", "os.mkdir", "os.rename") and part in str(args[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+if part:
+    sys.addaudithook(kill)
+from train.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+class Group:
+    """Starts processes that share four devices, and sees to their end."""
+
+    def __init__(self, cache, text):
+        self.cache, self.text = cache, text
+
+    def start(self, processes, run_dir, *flags, killed_at=None):
+        """Starts them; of the last one, ``killed_at`` is the checkpoint in which it dies."""
+        meeting = _meeting(processes) if processes > 1 else [[]]
+        return [
+            self._start(
+                f"--run_dir={run_dir}",
+                *own,
+                *flags,
+                devices=DEVICES // processes,
+                killed_at=killed_at if number == processes - 1 else None,
+            )
+            for number, own in enumerate(meeting)
+        ]
+
+    def _start(self, *flags, devices, killed_at):
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(ROOT),
+        }
+        part = f"checkpoints/{killed_at}" if killed_at else ""
+        command = [sys.executable, "-c", KILLED, part, *FLAGS, f"--data={self.text}", *flags]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, processes, run_dir, *flags):
+        """Runs to the end; returns what the first process said."""
+        with ended(self.start(processes, run_dir, *flags)) as running:
+            outputs = [process.communicate()[0] for process in running]
+        codes = [process.returncode for process in running]
+        assert codes == [0] * processes, "\n".join(outputs)
+        return outputs[0]
+
+
+@contextmanager
+def ended(running):
+    """No process outlives the test."""
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def group(compiled_once, text):
+    return Group(compiled_once, text)
+
+
+@pytest.fixture(scope="module")
+def two(group, tmp_path_factory):
+    """The unbroken run of two processes, of which the second comes late."""
+    run_dir = tmp_path_factory.mktemp("processes") / "unbroken"
+    first, second = _meeting(2)
+    early = group._start(f"--run_dir={run_dir}", *first, devices=2, killed_at=None)
+    with ended([early]):
+        time.sleep(8)
+        assert early.poll() is None
+        late = group._start(f"--run_dir={run_dir}", *second, devices=2, killed_at=None)
+        with ended([late]):
+            said, more = early.communicate()[0], late.communicate()[0]
+    assert "waiting for all processes" in said
+    assert early.returncode == late.returncode == 0, said + more
+    assert "done: validation loss" in said and "done:" not in more
+    return run_dir
+
+
+def losses(run_dir):
+    return [line["loss"] for line in lines_of(run_dir)]
+
+
+@pytest.mark.slow
+def test_one_process_writes(two):
+    assert [line["step"] for line in lines_of(two)] == list(range(1, 25))
+    assert len(list((two / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_killed_in_a_save_the_others_stop_and_the_bits_go_on(group, two, tmp_path):
+    run_dir = tmp_path / "run"
+    with ended(group.start(2, run_dir, killed_at=12)) as running:
+        killed, _ = running[1].communicate(timeout=60)
+        began = time.monotonic()
+        said, _ = running[0].communicate(timeout=60)
+        assert time.monotonic() - began < 60
+    assert running[1].returncode == -signal.SIGKILL, killed
+    assert running[0].returncode not in (0, -signal.SIGKILL)
+    # Of the two that notice, the collective that fails and the coordinator, whichever is first.
+    assert "process 0 of 2 stops" in said or "another task died" in said, said
+    assert not (run_dir / "checkpoints" / "12").exists()
+    group.run(2, run_dir, "--resume")
+    assert_same_arrays(saved_arrays(run_dir, 24), saved_arrays(two, 24))
+    assert losses(run_dir) == losses(two)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_four_saves_on_all_and_one_goes_on_elsewhere(group, two, tmp_path):
+    run_dir = tmp_path / "run"
+    with ended(group.start(4, run_dir)) as running:
+        lines = iter(running[0].stdout.readline, "")
+        said = list(itertools.takewhile(lambda line: not line.startswith("step 5/"), lines))
+        assert running[0].poll() is None, "".join(said)
+        running[3].send_signal(signal.SIGTERM)
+        said = "".join(process.communicate(timeout=60)[0] for process in running)
+    assert [process.returncode for process in running] == [0] * 4, said
+    stopped = int(re.search(r"saved step (\d+); go on", said)[1])
+    assert 5 <= stopped < 24
+    group.run(1, run_dir, "--resume", "--mesh=data=2,fsdp=2")
+    # Sums in other orders part the runs by less than a tenth of what batches differ by: a batch
+    # left out, or taken twice, would show at every later step.
+    found, wanted = np.array(losses(run_dir)), np.array(losses(two))
+    tolerance = 0.1 * np.mean(np.abs(np.diff(wanted)))
+    np.testing.assert_allclose(found, wanted, atol=tolerance)
+    assert np.max(np.abs(found[stopped + 1 :] - wanted[stopped:-1])) > 5 * tolerance
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_is_told_by_all(group, tmp_path):
+    first, second = _meeting(2)
+    flags = (f"--run_dir={tmp_path}/run",)
+    one = group._start(*flags, *first, devices=2, killed_at=None)
+    other = group._start(*flags, *second, "--data=none", devices=2, killed_at=None)
+    with ended([one, other]) as running:
+        outputs = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [2, 2], outputs
+    for said in outputs:
+        assert "error: process 1: data none does not exist" in said
+    assert not (tmp_path / "run").exists()

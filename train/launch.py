@@ -1,0 +1,134 @@
+"""``python -m train.launch``: runs ``train.main``, and starts it again when it was killed.
+
+One on every host, such as under ``srun``, with the flags of ``train.main`` and --run_dir among
+them; or one alone that starts ``--processes`` on this host. Each starts its own processes again,
+which meet at the coordinator, and go on from the last checkpoint that is complete.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.config import value_of
+from train.errors import UserError
+
+POLL = 0.2
+"""Seconds between looks at the processes."""
+
+USER_ERROR, INTERRUPTED = 2, 130
+"""Exit statuses of ``train.main`` after which nothing is gained by starting it again."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs until the run is done; returns the exit status of the last attempt."""
+    parser = argparse.ArgumentParser(prog="python -m train.launch", allow_abbrev=False)
+    parser.add_argument("--processes", type=int, help="started here; by default one, as flags say")
+    parser.add_argument("--restarts", type=int, default=10, help="most times it is started again")
+    own, flags = parser.parse_known_args(args)
+    try:
+        return launch(flags, own.processes, own.restarts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def launch(flags: Sequence[str], processes: int | None, restarts: int) -> int:
+    """Runs ``train.main`` with ``flags`` until it ends by itself; returns its exit status.
+
+    SIGTERM is handed on, so that the run saves and ends; it is not started again then.
+
+    Raises:
+        UserError: no --run_dir, or a coordinator besides ``processes``.
+    """
+    run_dir = value_of("run_dir", list(flags), None)
+    if run_dir is None:
+        raise UserError("--run_dir=None; expected a directory, the same at every start")
+    if processes is not None and value_of("coordinator", list(flags), None) is not None:
+        raise UserError(f"--processes={processes} with --coordinator; expected one of them")
+    with _Terminated() as terminated:
+        for attempt in range(restarts + 1):
+            began = Path(run_dir, "config.json").is_file()
+            resume = ["--resume"] if began and "--resume" not in flags else []
+            status = _attempt([*flags, *resume], processes, terminated)
+            if status in (0, USER_ERROR, INTERRUPTED) or terminated.received:
+                return status
+            if attempt < restarts:
+                _say(f"starting again, {attempt + 1} of at most {restarts} times")
+    return status
+
+
+def _attempt(flags: Sequence[str], processes: int | None, terminated: "_Terminated") -> int:
+    command = [sys.executable, "-m", "train.main", *flags]
+    meeting = [[]] if processes is None else _meeting(processes)
+    running = [subprocess.Popen([*command, *own]) for own in meeting]
+    terminated.running = running
+    try:
+        while True:
+            statuses = [process.poll() for process in running]
+            failed = [i for i, status in enumerate(statuses) if status]
+            if failed:
+                # What is not complete without it is not completed: nothing to wait for.
+                status = running[failed[0]].returncode
+                _say(f"process {failed[0]} of {len(running)} here ended {_how(status)}")
+                return status
+            if None not in statuses:
+                return 0
+            time.sleep(POLL)
+    finally:
+        for process in running:
+            process.kill()
+        for process in running:
+            process.wait()
+
+
+def _meeting(processes: int) -> list[list[str]]:
+    """The flags by which processes on this host find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        [f"--coordinator={address}", f"--num_processes={processes}", f"--process_id={number}"]
+        for number in range(processes)
+    ]
+
+
+class _Terminated:
+    """Hands SIGTERM and SIGINT on to what is ``running``, and remembers that one came."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "_Terminated":
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._hand_on) for number in numbers}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _hand_on(self, number: int, frame: Any) -> None:
+        self.received = True
+        for process in self.running:
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGTERM)
+
+
+def _how(status: int) -> str:
+    return f"with status {status}" if status > 0 else f"by {signal.Signals(-status).name}"
+
+
+def _say(message: str) -> None:
+    print(f"launch: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

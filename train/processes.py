@@ -1,0 +1,120 @@
+"""Several processes of one run: how they meet, agree, and stop together."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from train.config import TrainConfig
+from train.errors import UserError
+
+MEETING = 600
+"""Seconds for which a process waits for those that come up late."""
+
+SILENCE = 30
+"""Seconds of silence after which a process counts as dead, and the others stop."""
+
+_MESSAGE = 4096
+"""Bytes of what processes tell each other."""
+
+
+@contextlib.contextmanager
+def joined(config: TrainConfig) -> Iterator[None]:
+    """Joins the other processes that --coordinator tells of; nothing without one.
+
+    An exception ends this process at once: to part in order would be to wait for the others, who
+    may be dead or wait for this one. They stop too: the collective that they are in fails, or the
+    coordinator misses this process's heartbeats for ``SILENCE`` seconds.
+
+    Raises:
+        UserError: the others were not there within ``MEETING`` seconds.
+    """
+    if config.coordinator is None:
+        yield
+        return
+    print(f"waiting for all processes at {config.coordinator}", file=sys.stderr, flush=True)
+    # Between CPUs, programs that are under way at once would mix up their messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    address = None if config.coordinator == "auto" else config.coordinator
+    try:
+        jax.distributed.initialize(
+            address,
+            config.num_processes,
+            config.process_id,
+            initialization_timeout=MEETING,
+            heartbeat_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=SILENCE,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"coordinator={config.coordinator} could not be joined: {error}") from None
+    try:
+        yield
+    except UserError:  # of all of them: see ``agreed``
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+        raise
+    except BaseException as error:
+        traceback.print_exc()
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} stops "
+            f"({type(error).__name__}), and so will the others; --resume goes on from the last "
+            "checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+    else:
+        jax.distributed.shutdown()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def of_first(make: Callable[[], str]) -> str:
+    """What ``make`` returns in the first process, in all of them; the others do not call it.
+
+    Raises:
+        UserError: what ``make`` raised in the first process, in all of them.
+    """
+    return agreed(lambda: make() if is_first() else "")[0]
+
+
+def agreed(make: Callable[[], str]) -> list[str]:
+    """What ``make`` returns in each process, in all of them.
+
+    Raises:
+        UserError: in all processes, where ``make`` raised it in any.
+    """
+    failed, text = False, ""
+    try:
+        text = make()
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        failed, text = True, str(error)
+    if jax.process_count() == 1:
+        return [text]
+    message = np.zeros(1 + _MESSAGE, np.uint8)
+    encoded = text.encode()[:_MESSAGE]
+    message[0], message[1 : 1 + len(encoded)] = failed, np.frombuffer(encoded, np.uint8)
+    every = multihost_utils.process_allgather(message).reshape(-1, len(message))
+    texts = [bytes(row[1:]).rstrip(b"\0").decode(errors="replace") for row in every]
+    wrong = {text: number for number, text in reversed([*enumerate(texts)]) if every[number][0]}
+    if wrong:
+        raise UserError("; ".join(f"process {number}: {text}" for text, number in wrong.items()))
+    return texts
+
+
+def preempted(step: int) -> bool:
+    """Whether all processes are to stop after ``step``, since one of them received SIGTERM.
+
+    All of them have to ask, at every step; the answer is the same in all.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
