@@ -12,6 +12,7 @@ from jfp4.formats import unpack as unpack
 from jfp4.nn import convert as convert
 from jfp4.ops.calibration import Calibration as Calibration
 from jfp4.ops.calibration import calibrate as calibrate
+from jfp4.ops.exchange import grad_comm as grad_comm
 from jfp4.ops.ffi import Backends as Backends
 from jfp4.ops.ffi import backend as backend
 from jfp4.ops.ffi import backends as backends

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 
 from jfp4.models.config import MODELS, LlamaConfig
+from jfp4.ops.exchange import GradComm
 from jfp4.ops.ffi import Backend
 from jfp4.recipe import RECIPES, Recipe
 from jfp4.sharding import parse_mesh
@@ -181,6 +182,9 @@ class TrainConfig:
     mesh: str | None = None
     """Devices along data, fsdp and tensor, such as data=2,fsdp=-1 (-1: the rest); None: one."""
 
+    grad_comm: GradComm = "float32"
+    """How devices sum gradients over data and fsdp: float32, or fp8, a quarter of the bytes."""
+
     coordinator: str | None = None
     """HOST:PORT of process 0, where there are several; auto under SLURM and on TPU slices."""
 
@@ -231,6 +235,13 @@ class TrainConfig:
                 parse_mesh(self.mesh)
             except ValueError as error:
                 raise UserError(f"mesh={error}") from None
+        _require_known("grad_comm", self.grad_comm, dict.fromkeys(get_args(GradComm)))
+        _require(
+            self.grad_comm == "float32" or self.quantization.quantizes,
+            "grad_comm",
+            self.grad_comm,
+            f"float32 with recipe={self.recipe}: it is the quantised layers' gradients that go so",
+        )
         _require_processes(self.coordinator, self.num_processes, self.process_id)
         _require(self.data != "", "data", "''", '"pystdlib" or a path')
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):

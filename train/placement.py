@@ -39,8 +39,11 @@ class Placement:
         self.shards = math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
 
     def in_force(self) -> AbstractContextManager[Any]:
-        """The context in which functions are to be traced, so that models see the mesh."""
-        return jax.set_mesh(self.mesh) if self.mesh.size > 1 else nullcontext()
+        """The context in which functions are to be traced, so that models see the mesh.
+
+        Where there are more devices than it has it tells operations that nothing is divided.
+        """
+        return jax.set_mesh(self.mesh) if jax.device_count() > 1 else nullcontext()
 
     def state(self, abstract: Any) -> Any:
         """The sharding of every leaf of a ``TrainState``.

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.stages import Lowered
 from rich.console import Console
 from rich.table import Table
 
@@ -101,8 +103,6 @@ def _alone(config: TrainConfig) -> TrainConfig:
 
 
 def _rehearse_here(config: TrainConfig) -> Rehearsal:
-    import jax
-
     from train.placement import place
     from train.plan import estimated_activations, jitted_step, sizes
     from train.step import Trainer
@@ -111,19 +111,9 @@ def _rehearse_here(config: TrainConfig) -> Rehearsal:
     placement = place(config.mesh, config.llama, rows)
     trainer = Trainer(config, placement)
     plan = sizes(trainer)
-    with tempfile.TemporaryDirectory() as folder:
-        dumped = {
-            "xla_dump_to": folder,
-            "xla_dump_hlo_pass_re": _PASS,
-            "xla_dump_hlo_as_text": True,
-        }
-        # What is found in the cache is not compiled, and so not dumped.
-        jax.config.update("jax_enable_compilation_cache", False)
-        with placement.in_force():
-            lowered = jitted_step(trainer).lower(trainer.abstract_state(), trainer.batch_shape())
-            lowered.compile(compiler_options=dumped)
-        (text,) = Path(folder).glob(f"*jit_step*after_{_PASS}*.txt")
-        sent = collectives(text.read_text())
+    with placement.in_force():
+        lowered = jitted_step(trainer).lower(trainer.abstract_state(), trainer.batch_shape())
+        sent = collectives(partitioned(lowered))
     own = dataclasses.replace(config, batch_size=config.batch_size // placement.shards)
     return Rehearsal(
         devices=placement.mesh.size,
@@ -132,6 +122,24 @@ def _rehearse_here(config: TrainConfig) -> Rehearsal:
         work_bytes=plan.prepared + plan.gradients + estimated_activations(own),
         collectives=sent,
     )
+
+
+def partitioned(lowered: Lowered) -> str:
+    """The HLO of a program that XLA has divided over a mesh, but not yet made for its devices.
+
+    From then on nothing that is compiled is cached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dumped: dict[str, str | bool] = {
+            "xla_dump_to": folder,
+            "xla_dump_hlo_pass_re": _PASS,
+            "xla_dump_hlo_as_text": True,
+        }
+        # What is found in the cache is not compiled, and so not dumped.
+        jax.config.update("jax_enable_compilation_cache", False)
+        lowered.compile(compiler_options=dumped)
+        (text,) = Path(folder).glob(f"*after_{_PASS}*.txt")
+        return text.read_text()
 
 
 def main() -> int:

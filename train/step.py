@@ -13,6 +13,7 @@ from jaxtyping import Array, Float32, Int32
 from jfp4 import master
 from jfp4.models.llama import Llama, split_params
 from jfp4.nn import Linear, Prepared
+from jfp4.ops.exchange import grad_comm
 from jfp4.optim import norm_and_finite
 from jfp4.sharding import constrain, constrain_weights
 from train.config import TrainConfig
@@ -110,7 +111,8 @@ class Trainer:
             scaled ``loss_scale``, and with float16 weights ``overflowed``, whether one is infinite.
         """
         scale = state.loss_scale
-        loss, stats, grads = self._gradient(state, batch)
+        with grad_comm(self.config.grad_comm):
+            loss, stats, grads = self._gradient(state, batch)
         with jax.named_scope("optimizer"):
             params, opt_state, grad_norm = self.optimizer.step(
                 state.params,

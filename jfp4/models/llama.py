@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 from jfp4.models.config import LlamaConfig
 from jfp4.nn import CalibrationStat, Linear, Prepared, convert
 from jfp4.ops.cross_entropy import cross_entropy, cross_entropy_of_logits
+from jfp4.ops.exchange import spread
 from jfp4.ops.linear import CODES_NAME
 from jfp4.recipe import Recipe, get_recipe
 from jfp4.sharding import batch_shards, constrain
@@ -131,16 +132,16 @@ class Llama(nnx.Module):
                     "expected None: its scales are those of all tokens"
                 )
             return cross_entropy_of_logits(self._logits(x), targets)
-        # Where a mesh divides the batch each part makes chunks of its own, and adds up its own
-        # gradient of the head; without one, there is one part.
+        # Where a mesh divides the batch each part makes chunks of its own, and its own gradient of
+        # the head; without one, there is one part.
         parts = batch_shards()
         x = constrain(x.reshape(parts, -1, x.shape[-1]), "batch")
         targets = constrain(targets.reshape(parts, -1), "batch")
         mean = functools.partial(cross_entropy, chunk=chunk)
         if parts == 1:
             return mean(x[0], self._head_weight(), targets[0])
-        head = constrain(self._head_weight(), None, "vocab")
-        return jnp.mean(jax.vmap(mean, (0, None, 0))(x, head, targets))
+        heads = constrain(spread(self._head_weight(), parts), "batch", None, "vocab")
+        return jnp.mean(jax.vmap(mean)(x, heads, targets))
 
     def prepare(self) -> None:
         """Quantises every layer's weight once for all calls; see ``jfp4.nn.Linear.prepare``."""
@@ -161,7 +162,7 @@ class Llama(nnx.Module):
 
     def _decode(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         check_tokens(tokens, "tokens")
-        x = constrain(self._loaded(self.embed)(tokens), "batch")
+        x = constrain(self._embedded(tokens), "batch")
         sin_cos = rotary_angles(x.shape[1], self.config.head_dim, self.config.rope_theta)
         graph, params, rest = split_params(self.layers)
 
@@ -179,6 +180,18 @@ class Llama(nnx.Module):
         x, written = jax.lax.scan(layer, x, (params, rest), unroll=not self.config.scan_layers)
         nnx.update(self.layers, written)
         return self._loaded(self.norm)(x)
+
+    def _embedded(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        embed, parts = self._loaded(self.embed), batch_shards()
+        if parts == 1:
+            return embed(tokens)
+        # As with the head, each part of the batch has a gradient of its own until they are summed.
+        table = embed.embedding[...].astype(embed.dtype)
+        tables = constrain(spread(table, parts), "batch", "vocab")
+        found = jax.vmap(lambda table, own: jnp.take(table, own, axis=0))(
+            tables, tokens.reshape(parts, -1, tokens.shape[1])
+        )
+        return found.reshape(*tokens.shape, -1)
 
     def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
         if self.lm_head is None:

@@ -26,6 +26,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8, UInt32
 
 from jfp4.formats import FORMATS, get_format
+from jfp4.ops import partition
+from jfp4.ops.partition import Rule
 
 T = TypeVar("T")
 Backend = Literal["auto", "xla", "host", "cuda"]
@@ -78,18 +80,10 @@ _platforms = frozenset() if _module is None else _register(_module)
 
 
 def missing(path: Literal["host", "cuda"]) -> str:
-    """Why this path cannot serve on this machine, or the mesh in force; empty if it can."""
+    """Why this path cannot serve on this machine; empty if it can."""
     if _module is None:
         return _why_no_module
-    return ("" if path == "host" else _missing_cuda()) or _undivided()
-
-
-def _undivided() -> str:
-    """XLA divides its own operations over a mesh; the operands of a kernel it would gather."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
-        return ""
-    return f"kernels are not divided over the mesh of {mesh.size} devices, but in jax.shard_map"
+    return "" if path == "host" else _missing_cuda()
 
 
 def _missing_cuda() -> str:
@@ -177,7 +171,8 @@ def backends() -> Backends:
 
     On a CPU that is XLA unless the host path is asked for. Scales of whole tensors, shifts and the
     estimator's slope by itself have no kernels: XLA computes them always. In the product that it
-    multiplies the slope has one, of E2M1 with k above 1.
+    multiplies the slope has one, of E2M1 with k above 1. On a mesh XLA computes a scale along an
+    axis that is divided, and what the slope multiplies after such a sum.
 
     Raises:
         RuntimeError: the path asked for (``backend``) is missing.
@@ -185,14 +180,20 @@ def backends() -> Backends:
     platform = jax.default_backend()
     if platform == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower():
         platform = "cuda"
+    return Backends(platform, {name: _served(platform, name) for name in OPERATIONS})
+
+
+def _served(platform: str, operation: str) -> Served:
     asked = _asked_for()
+    if asked == "xla":
+        return Served("xla", "asked for")
+    if asked == "auto" and platform != "cuda":
+        return Served("xla")
+    if why := partition.unfit(operation != "adamw"):
+        return Served("xla", why)
     if asked != "auto":
-        served = Served(asked, "asked for")
-    elif platform != "cuda":
-        served = Served("xla")
-    else:
-        served = Served("xla", why) if (why := missing("cuda")) else Served("cuda")
-    return Backends(platform, dict.fromkeys(OPERATIONS, served))
+        return Served(asked, "asked for")
+    return Served("xla", why) if (why := missing("cuda")) else Served("cuda")
 
 
 def _asked_for() -> Backend:
@@ -214,17 +215,32 @@ def kernel_platforms() -> tuple[str, ...]:
     return ("cuda",) if asked == "cuda" or (asked == "auto" and not missing("cuda")) else ()
 
 
-def dispatch(kernel: Callable[..., T], xla: Callable[..., T], *operands: Any) -> T:
+def dispatch(
+    kernel: Callable[..., T], xla: Callable[..., T], *operands: Any, rule: Rule | None = None
+) -> T:
     """Computes by ``kernel`` on the platforms that it serves and by ``xla`` on the others.
 
     Both are given ``operands`` and return arrays of the same shapes and dtypes; only the one that
     serves is compiled. Under ``backend("host")`` and ``backend("cuda")`` there are no others: a
     computation lowered for another platform is an error of JAX's.
 
+    Args:
+        kernel: by FFI targets.
+        xla: by JAX's own operations.
+        operands: of both.
+        rule: how they are divided over a mesh; both functions are given a ``Part`` first then.
+            Without one ``xla`` serves wherever a kernel's operands might be gathered in silence.
+
     Raises:
         RuntimeError: the path asked for is missing.
     """
     platforms = kernel_platforms()
+    if platforms and (why := partition.unfit(rule is not None)):
+        if rule is not None and _asked.value != "auto":
+            raise RuntimeError(f"the backend asked for, {_asked.value!r}, cannot serve: {why}")
+        platforms = ()
+    if rule is not None:
+        kernel, xla = partition.divided(kernel, rule), partition.divided(xla, rule)
     if not platforms:
         return xla(*operands)
     branches: dict[str, Any] = dict.fromkeys(platforms, kernel)
@@ -512,7 +528,12 @@ def adamw(
 
 
 def _call(target: str, results: Any, **options: Any) -> Callable[..., Any]:
-    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all", **options)
+    call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all", **options)
+
+    def varying(*operands: Array, **attributes: Any) -> Any:
+        return partition.varying_alike(call(*operands, **attributes), operands)
+
+    return varying
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32
 
-from jfp4.formats import FORMATS, Format, get_format
-from jfp4.ops import dge, ffi
+from jfp4.formats import FORMATS, Format, get_format, unpack
+from jfp4.ops import dge, ffi, partition
+from jfp4.ops.partition import Part, Rule
 from jfp4.qtensor import PackedQTensor, QTensor
 
 _E5M2 = FORMATS["e5m2"].dtype
@@ -57,6 +59,7 @@ def gemm(
     slope: Slope | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.float32,
     promote: bool = False,
+    reduce: Callable[[Part, Array, str], Array] = Part.reduce,
 ) -> Float[Array, "m n"]:
     """``dequantize(a) @ dequantize(b) + bias``, with the sums over codes exact.
 
@@ -75,6 +78,7 @@ def gemm(
         out_dtype: dtype of the result.
         promote: on GPUs, add up every 128 products along k in float32, where tensor cores keep
             fewer bits; without effect where sums are exact anyway.
+        reduce: sums the parts of the product where a mesh divides the contraction.
 
     Returns:
         The product, [m, n].
@@ -86,75 +90,113 @@ def gemm(
             of length n.
     """
     _check_operands(a, b, bias)
+    if slope is not None and not slope.has_kernel:
+        y = gemm(a, b, bias=bias, promote=promote, reduce=reduce)
+        return (y * slope()).astype(out_dtype)
     bias = None if bias is None else bias.astype(jnp.float32)
-    plain = not promote and slope is None
-    if isinstance(a, PackedQTensor) and isinstance(b, PackedQTensor) and plain:
-        return _packed_gemm(a, b, bias, out_dtype)
-    a, b = (q.unpack() if isinstance(q, PackedQTensor) else q for q in (a, b))
-    fa, fb = get_format(a.format), get_format(b.format)
     u, v = _shift_terms(a, b)
+    fa, fb = get_format(a.format), get_format(b.format)
+    as_packed = (
+        all(isinstance(q, PackedQTensor) and q.format == "e2m1" for q in (a, b))
+        and not promote
+        and slope is None
+    )
+    bounds = None if slope is None else (slope.k, slope.cap)
 
-    def xla(a_codes: Array, a_scale: Array, b_codes: Array, b_scale: Array, *added: Any) -> Array:
-        u, v, bias, slope = added
-        y = _sums(a_codes, b_codes, fa, fb) * a_scale * b_scale
-        if u is not None and v is not None:
+    def after(sums: Array, a_scale: Array, b_scale: Array, *added: Any) -> Array:
+        """What XLA makes of the sums of codes."""
+        u, v, bias, w, w_scale = added
+        y = sums * a_scale * b_scale
+        if u is not None:
             y = y + jnp.matmul(u, v, precision=lax.Precision.HIGHEST)
         if bias is not None:
             y = y + bias
         if slope is not None:
-            y = y * slope()
+            y = y * dataclasses.replace(slope, w=w, scale=w_scale)()
         return y.astype(out_dtype)
 
-    def kernel(
-        a_codes: Array, a_scale: Array, b_codes: Array, b_scale: Array, *added: Any
+    def xla(part: Part, a_part: Array, b_part: Array, *outer: Any) -> tuple[Array]:
+        sums = _sums(_codes(part, a, a_part), _codes(part, b, b_part), fa, fb)
+        return (after(reduce(part, sums, "k"), *outer),)
+
+    def kernel(part: Part, a_part: Array, b_part: Array, *outer: Any) -> tuple[Array]:
+        if part.divides("k"):  # scaled once they are summed: of E2M1 they are exact
+            one = jnp.ones((1, 1), jnp.float32)
+            sums = product(part, a_part, b_part, one, one, out_dtype=jnp.float32)
+            return (after(reduce(part, sums, "k"), *outer),)
+        return (product(part, a_part, b_part, *outer, out_dtype=out_dtype),)
+
+    def product(
+        part: Part,
+        a_part: Array,
+        b_part: Array,
+        a_scale: Array,
+        b_scale: Array,
+        u: Array | None = None,
+        v: Array | None = None,
+        bias: Array | None = None,
+        w: Array | None = None,
+        w_scale: Array | None = None,
+        *,
+        out_dtype: jax.typing.DTypeLike,
     ) -> Array:
-        u, v, bias, slope = added
+        if as_packed:
+            return ffi.packed_gemm(a_part, a_scale, b_part, b_scale, bias=bias, out_dtype=out_dtype)
         return ffi.gemm(
-            a_codes.astype(fa.dtype),
+            _codes(part, a, a_part).astype(fa.dtype),
             a_scale,
-            b_codes.T.astype(fb.dtype),
+            _codes(part, b, b_part).T.astype(fb.dtype),
             b_scale,
             u=u,
             v=v,
             bias=bias,
-            slope=None if slope is None else (slope.w, slope.scale, slope.k, slope.cap),
+            slope=None if w is None or w_scale is None or bounds is None else (w, w_scale, *bounds),
             out_dtype=out_dtype,
             promote=promote,
         )
 
-    if slope is not None and not slope.has_kernel:
-        y = gemm(a, b, bias=bias, promote=promote)
-        return (y * slope()).astype(out_dtype)
-    operands = (a.codes, a.scale, b.codes, b.scale, u, v, bias, slope)
+    operands = (
+        *(q.packed if isinstance(q, PackedQTensor) else q.codes for q in (a, b)),
+        *(a.scale, b.scale, u, v, bias),
+        *((None, None) if slope is None else (slope.w, slope.scale)),
+    )
+    outer = ("m 1", "1 n", "m 1", "1 n", "n", "m n", "1 n")
+    rule = Rule((*_contraction(a, b), *outer), ("m n",), inner=2)
     # Tensor cores multiply no E5M2 by E5M2.
-    served = _kernels_take(a.codes, b.codes, out_dtype) and not fa.dtype == fb.dtype == _E5M2
-    return ffi.dispatch(kernel, xla, *operands) if served else xla(*operands)
+    served = (
+        jnp.dtype(out_dtype) in _KERNEL_DTYPES
+        and 0 not in (*a.shape, *b.shape)
+        and not fa.dtype == fb.dtype == _E5M2
+    )
+    dispatch = functools.partial(ffi.dispatch, kernel) if served else partition.by_xla
+    (y,) = dispatch(xla, *operands, rule=rule)
+    return y
 
 
-def _packed_gemm(
-    a: PackedQTensor,
-    b: PackedQTensor,
-    bias: Float32[Array, " n"] | None,
-    out_dtype: jax.typing.DTypeLike,
-) -> Float[Array, "m n"]:
-    def xla(a: PackedQTensor, b: PackedQTensor, bias: Array | None) -> Array:
-        return gemm(a.unpack(), b.unpack(), bias=bias, out_dtype=out_dtype)
-
-    def kernel(a: PackedQTensor, b: PackedQTensor, bias: Array | None) -> Array:
-        return ffi.packed_gemm(a.packed, a.scale, b.packed, b.scale, bias=bias, out_dtype=out_dtype)
-
-    served = _kernels_take(a.packed, b.packed, out_dtype) and a.format == b.format == "e2m1"
-    return ffi.dispatch(kernel, xla, a, b, bias) if served else xla(a, b, bias)
+def _contraction(a: QTensor | PackedQTensor, b: QTensor | PackedQTensor) -> tuple[str, str]:
+    """The axes of what carries both operands' codes; packed, the contraction comes last."""
+    packed = tuple(isinstance(q, PackedQTensor) for q in (a, b))
+    k = "k" if all(packed) else "k/2"
+    return (f"m {k}" if packed[0] else "m k"), (f"n {k}" if packed[1] else "k n")
 
 
-def _kernels_take(a: Array, b: Array, out_dtype: jax.typing.DTypeLike) -> bool:
-    return jnp.dtype(out_dtype) in _KERNEL_DTYPES and a.size > 0 and b.size > 0
+def _codes(part: Part, q: QTensor | PackedQTensor, carried: Array) -> Array:
+    """The codes, [m, k] or [k, n], of a part of an operand."""
+    if not isinstance(q, PackedQTensor):
+        return carried
+    # A part of a contraction is a number of whole bytes.
+    length = 2 * carried.shape[-1] if part.divides("k") else q.length
+    codes = unpack(carried, length, q.format)
+    return codes if q.axis == 1 else codes.T
 
 
 def _shift_terms(
-    a: QTensor, b: QTensor
+    a: QTensor | PackedQTensor, b: QTensor | PackedQTensor
 ) -> tuple[Float32[Array, "m r"], Float32[Array, "r n"]] | tuple[None, None]:
     """What shifts add to the product, as one of low rank: a term for each operand that has one."""
+    if all(isinstance(q, PackedQTensor) or q.shift is None for q in (a, b)):
+        return None, None
+    a, b = (q.unpack() if isinstance(q, PackedQTensor) else q for q in (a, b))
     terms = []
     if a.shift is not None:
         terms.append(_shift_term(a, b))
@@ -162,8 +204,6 @@ def _shift_terms(
         # The term above took b's value with its shift; so here a goes without.
         v, u = _shift_term(b.T, dataclasses.replace(a, shift=None).T)
         terms.append((u.T, v.T))
-    if not terms:
-        return None, None
     us, vs = zip(*terms, strict=True)
     return jnp.concatenate(us, axis=1), jnp.concatenate(vs, axis=0)
 
@@ -231,7 +271,8 @@ def _bfloat16_sums(a: Array, b: Array) -> Float32[Array, "m n"]:
 def _row_major_matmul(a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
     # Fixing the layout keeps XLA from folding a caller's transpose into the product: its CPU
     # kernels take operands contiguous this way round at two to eight times the other's speed.
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
         row_major = Layout(major_to_minor=(0, 1))
         a, b = with_layout_constraint(a, row_major), with_layout_constraint(b, row_major)
     else:  # where it would have XLA gather both operands; a barrier has it divide them

@@ -12,6 +12,7 @@ scales are all that the backward needs (arXiv 2501.17116, section 3 and appendix
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,9 +21,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
+from jfp4.ops import exchange
 from jfp4.ops.calibration import Calibration, calibrate
 from jfp4.ops.gemm import Slope, gemm
 from jfp4.ops.outliers import clamp, quantize_compensated, quantize_compensated_both
+from jfp4.ops.partition import Part, Place, varying_alike
 from jfp4.ops.prepare import PreparedWeight, quantize_weight, quantize_weight_both, unpacked
 from jfp4.ops.quantize import (
     check_float,
@@ -83,7 +86,7 @@ def linear(
         calibration = calibrate(tokens, recipe)
     _check_calibration(calibration, recipe, w.shape[0])
     _check_prepared(prepared, recipe, w.shape)
-    y = _linear(recipe, tokens, w, bias, calibration, prepared)
+    y = _linear(recipe, *varying_alike((tokens, w, bias, calibration, prepared)))
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
@@ -169,7 +172,8 @@ def _fprop(
     # itself, which lives through the step anyway.
     kept_w = jnp.empty(0, w.dtype) if recipe.dge_k is None else w
     dtypes = (jnp.empty(0, x.dtype), None if bias is None else jnp.empty(0, bias.dtype))
-    return y, (xq_t, residual, prepared.dgrad, kept_w, calibration, dtypes)
+    places = (Place.of(x), Place.of(w))
+    return y, (xq_t, residual, prepared.dgrad, kept_w, calibration, dtypes, places)
 
 
 def _product(
@@ -186,7 +190,7 @@ def _product(
 
 
 def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
-    xq_t, residual, wq, w, calibration, (x_like, bias_like) = saved
+    xq_t, residual, wq, w, calibration, (x_like, bias_like), (x_place, w_place) = saved
     wq = unpacked(wq)
     for_dgrad, for_wgrad = _fold_and_quantize(recipe, dy, xq_t, wq)
     dy = dy.astype(jnp.float32)
@@ -198,7 +202,8 @@ def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, .
         slope = Slope(centred, wq.scale, wq.format, recipe.dge_k, recipe.dge_cap)
     dw = _wgrad(dy, for_wgrad, xq_t, residual, slope, w.dtype)
     dbias = None if bias_like is None else jnp.sum(dy, axis=0).astype(bias_like.dtype)
-    return dx, dw, dbias, jax.tree.map(jnp.zeros_like, calibration), None
+    zeros = jax.tree.map(jnp.zeros_like, calibration)
+    return x_place.put(dx), w_place.put(dw), dbias, zeros, None
 
 
 _linear.defvjp(_fprop, _backward)
@@ -234,8 +239,8 @@ def _wgrad(
     dtype: Any,
 ) -> Float[Array, "k n"]:
     if xq_t.shift is None and residual is None:
-        return _gradient_product(xq_t.unscaled(), folded, dtype, slope)
-    dw = _gradient_product(xq_t.unscaled(), folded, jnp.float32)
+        return _gradient_product(xq_t.unscaled(), folded, dtype, slope, reduce=exchange.reduction())
+    dw = _gradient_product(xq_t.unscaled(), folded, jnp.float32, reduce=exchange.reduction())
     if xq_t.shift is not None:
         if xq_t.shift.shape[0] == 1:  # a number a token: the same for every k
             dw = dw + jnp.sum(dy * xq_t.shift.T, axis=0, keepdims=True)
@@ -247,11 +252,15 @@ def _wgrad(
 
 
 def _gradient_product(
-    a: QTensor | Array, b: QTensor | Array, dtype: Any, slope: Slope | None = None
+    a: QTensor | Array,
+    b: QTensor | Array,
+    dtype: Any,
+    slope: Slope | None = None,
+    reduce: Callable[[Part, Array, str], Array] = Part.reduce,
 ) -> Array:
     """The product of codes; or in bfloat16, where the gradient is not quantised."""
     if isinstance(a, QTensor) and isinstance(b, QTensor):
-        return gemm(a, b, slope=slope, out_dtype=dtype)
+        return gemm(a, b, slope=slope, out_dtype=dtype, reduce=reduce)
     a, b = (v.codes if isinstance(v, QTensor) else v for v in (a, b))
     y = _bfloat16_matmul(a, b)
     return (y if slope is None else y * slope()).astype(dtype)

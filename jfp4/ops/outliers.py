@@ -5,10 +5,11 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jfp4.formats import get_format, round_to_format
 from jfp4.ops import ffi
+from jfp4.ops.partition import Axes, Part, Rule, varying_alike
 from jfp4.ops.quantize import (
     check_float,
     flush,
@@ -51,24 +52,63 @@ def thresholds(
     if x.size == 0:
         raise ValueError(f"x has shape {x.shape}; expected at least one element")
     x = kernel_input(jnp.asarray(x))
-    flat = x.reshape(-1)
     stride = 1 if sample is None else sample_stride(x.shape, sample)
-    count = -(-flat.size // stride) if sample is None else min(-(-flat.size // stride), sample)
+    count = -(-x.size // stride) if sample is None else min(-(-x.size // stride), sample)
     high = min(max(math.ceil(alpha * count - 1e-9) - 1, 0), count - 1)
     ranks = (count - 1 - high, high)
+    # A row of it is a row of x; anything else about its shape is of no account.
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
 
-    def xla(flat: Array) -> tuple[Array, Array]:
-        looked_at = flat[::stride][:count]
+    def xla(part: Part, rows: Array) -> tuple[Array, Array]:
+        if part.axes:
+            looked_at = _gathered_sample(part, rows, stride, count)
+        else:
+            looked_at = rows.reshape(-1)[::stride][:count]
         is_nan = jnp.any(jnp.isnan(looked_at))
         lo, hi = order_statistics(looked_at, ranks)
         return jnp.where(is_nan, jnp.nan, lo), jnp.where(is_nan, jnp.nan, hi)
 
-    def kernel(flat: Array) -> tuple[Array, Array]:
-        return ffi.thresholds(
-            flat, stride=stride, count=count, low_rank=ranks[0], high_rank=ranks[1]
-        )
+    def kernel(part: Part, rows: Array) -> tuple[Array, Array]:
+        flat, step = rows.reshape(-1), stride
+        if part.axes:
+            flat, step = _gathered_sample(part, rows, stride, count), 1
+        low, high = ranks
+        return ffi.thresholds(flat, stride=step, count=count, low_rank=low, high_rank=high)
 
-    return ffi.dispatch(kernel, xla, flat)
+    return ffi.dispatch(kernel, xla, rows, rule=Rule(("m k",), ("", "")))
+
+
+def _gathered_sample(
+    part: Part, rows: Float[Array, "m k"], stride: int, count: int
+) -> Float[Array, " count"]:
+    """The elements 0, stride, 2 stride, ... of a matrix of which this is a part.
+
+    Every device puts those that it has in their places; the sum is the sample.
+    """
+    m, k = rows.shape
+    row, column = _positions(stride, count, k * part.count("k"))
+    row, column = row - part.index("m") * m, column - part.index("k") * k
+    own = (row >= 0) & (row < m) & (column >= 0) & (column < k)
+    found = rows[jnp.clip(row, 0, m - 1), jnp.clip(column, 0, k - 1)].astype(jnp.float32)
+    return part.sum(jnp.where(own, found, 0), "m", "k").astype(rows.dtype)
+
+
+def _positions(
+    stride: int, count: int, k: int
+) -> tuple[Int32[Array, " count"], Int32[Array, " count"]]:
+    """Rows and columns, in a matrix of k columns, of the elements 0, stride, 2 stride, ...
+
+    What counts them may have 2**31 elements and more, which no int32 is: so the position of a
+    block's first element, and within a block, are reckoned ahead, and added by row and column.
+    """
+    block = math.isqrt(count) + 1
+    starts, within = (
+        [jnp.asarray(part, jnp.int32) for part in divmod(np.arange(block) * step, k)]
+        for step in (stride * block, stride)
+    )
+    row, column = (a[:, None] + b for a, b in zip(starts, within, strict=True))
+    row, column = row + (column >= k), column % k
+    return row.reshape(-1)[:count], column.reshape(-1)[:count]
 
 
 def sample_stride(shape: tuple[int, ...], sample: int) -> int:
@@ -103,7 +143,7 @@ def order_statistics(
             for b, rank, t, f in zip(below, ranks, trials, found, strict=True)
         )
 
-    start = (jnp.array(-(1 << (bits - 1)), integer),) * len(ranks)
+    start = varying_alike((jnp.array(-(1 << (bits - 1)), integer),) * len(ranks), keys)
     found = lax.fori_loop(0, bits, narrow, start)
     values = (jnp.where(f < 0, f ^ magnitude_mask, f) for f in found)
     return tuple(lax.bitcast_convert_type(v, x.dtype).astype(jnp.float32) for v in values)
@@ -174,14 +214,12 @@ def _checked_axis(x: Array, axis: int | None, format: str) -> int | None:
 
 
 def _compensate(
-    x: Array, lo: Array, hi: Array, *, axis: int | None, format: str
-) -> tuple[Float[Array, "..."], Float32[Array, "..."]]:
-    carrier = get_format("e4m3")
+    x: Array, lo: Array, hi: Array, *, axis: int | None, format: str, across: Axes = ()
+) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
     clamped, residual = clamp(x, lo, hi)
-    scale = scale_of(clamped, axis, format)
+    scale = scale_of(clamped, axis, format, across)
     # The outer flush also keeps the compiler from fusing product and sum into one rounding.
     outlier = flush(flush(residual) * reciprocal(scale))
     codes = scaled_codes(clamped, scale, format) + outlier
-    codes = round_to_format(codes, carrier.name)
-    codes = jnp.where(jnp.isnan(codes), np.float32(0), codes)
-    return codes.astype(carrier.dtype), scale
+    codes = round_to_format(codes, "e4m3")
+    return jnp.where(jnp.isnan(codes), np.float32(0), codes), scale

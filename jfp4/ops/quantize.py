@@ -1,6 +1,7 @@
 """Quantisation: scale, shift, round."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jfp4.formats import TINY, get_format, round_to_format
-from jfp4.ops import ffi
+from jfp4.ops import ffi, partition
+from jfp4.ops.partition import Axes, Part, Rule
 from jfp4.qtensor import QTensor
 
 SHIFTS = ("midrange", "mean")
@@ -57,12 +59,8 @@ def quantize(
         ValueError: unknown ``format`` or ``shift``, or an ``axis`` that ``x`` does not have.
     """
     x, axis, offset = _shifted(x, axis, format, shift)
-    carrier = get_format(format).dtype
-    if dtype is None or dtype == carrier:
-        (q,) = operands(_codes_and_scale, x, axis, format=format, shift=offset)
-        return q
-    codes, scale = _codes_and_scale(x, axis=axis, format=format, dtype=dtype)
-    return QTensor(codes, scale, offset, format, axis)
+    (q,) = operands(codes_and_scale, x, axis, format=format, shift=offset, dtype=dtype)
+    return q
 
 
 def quantize_both(
@@ -78,20 +76,16 @@ def quantize_both(
     kernel writes both layouts in one call.
     """
     x, axis, offset = _shifted(x, axis, format, shift)
-    return operands(_codes_and_scale, x, axis, format=format, shift=offset, both=True)
+    return operands(codes_and_scale, x, axis, format=format, shift=offset, both=True)
 
 
-def _codes_and_scale(
-    x: Float[Array, "..."],
-    *,
-    axis: int | None,
-    format: str,
-    dtype: jax.typing.DTypeLike | None = None,
-) -> tuple[Float[Array, "..."], Float32[Array, "..."]]:
+def codes_and_scale(
+    x: Float[Array, "..."], *, axis: int | None, format: str, across: Axes = ()
+) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
+    """Codes in float32, and their scale; ``across`` are the mesh axes that divide ``axis``."""
     x = jnp.asarray(x, jnp.float32)
-    scale = scale_of(x, axis, format)
-    codes = scaled_codes(x, scale, format)
-    return codes.astype(get_format(format).dtype if dtype is None else dtype), scale
+    scale = scale_of(x, axis, format, across)
+    return scaled_codes(x, scale, format), scale
 
 
 def quantize_gradient(
@@ -110,13 +104,19 @@ def quantize_gradient(
     served = bool(ffi.kernel_platforms()) and dy.size > 0
     carrier = get_format(format).dtype if served else jnp.bfloat16
 
-    def xla(dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
+    def xla(part: Part, dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
         dy = jnp.asarray(dy, jnp.float32)
-        by_row = quantize(dy * col_factor, 1, format=format, dtype=carrier)
-        by_column = quantize(dy * row_factor, 0, format=format, dtype=carrier)
-        return by_row.codes, by_row.scale, by_column.codes, by_column.scale
+        rows, row_scale = codes_and_scale(
+            dy * col_factor, axis=1, format=format, across=part.divides("n")
+        )
+        columns, col_scale = codes_and_scale(
+            dy * row_factor, axis=0, format=format, across=part.divides("m")
+        )
+        return rows.astype(carrier), row_scale, columns.astype(carrier), col_scale
 
-    def kernel(dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
+    def kernel(part: Part, dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
+        if part.divides("m") or part.divides("n"):  # it finds the scales itself
+            return xla(part, dy, col_factor, row_factor)
         codes, row_scale, codes_t, col_scale = ffi.quantize_gradient(
             kernel_input(dy),
             jnp.broadcast_to(col_factor, (1, dy.shape[1])),
@@ -125,10 +125,9 @@ def quantize_gradient(
         )
         return codes, row_scale, codes_t.T, col_scale
 
-    operands = (dy, col_factor, row_factor)
-    codes, row_scale, columns, col_scale = (
-        ffi.dispatch(kernel, xla, *operands) if served else xla(*operands)
-    )
+    rule = Rule(("m n", "1 n", "m 1"), ("m n", "m 1", "m n", "1 n"))
+    dispatch = functools.partial(ffi.dispatch, kernel) if served else partition.by_xla
+    codes, row_scale, columns, col_scale = dispatch(xla, dy, col_factor, row_factor, rule=rule)
     return (
         QTensor(codes, row_scale, None, format, 1),
         QTensor(columns, col_scale, None, format, 0),
@@ -144,6 +143,7 @@ def operands(
     shift: Float32[Array, "..."] | None = None,
     compensate: bool = False,
     both: bool = False,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[QTensor, ...]:
     """Quantises by the path that serves: the tensor, and with ``both`` its transpose as well.
 
@@ -151,8 +151,9 @@ def operands(
     write its codes contiguous along ``axis``, which is how products read them.
 
     Args:
-        xla: what computes codes and scale where no kernel does, from ``x`` and ``outliers``;
-            ``axis`` and ``format`` are passed by name.
+        xla: what computes codes in float32 and scale where no kernel does, from ``x`` and
+            ``outliers``; ``axis``, ``format`` and the mesh axes ``across`` which that axis is
+            divided are passed by name.
         x: what is quantised, the shift taken off.
         axis: as in ``quantize``, counted from the front.
         outliers: clamp thresholds, or none.
@@ -160,17 +161,28 @@ def operands(
         shift: the shift that was taken off.
         compensate: whether what was clamped off is added to the codes, which are E4M3 then.
         both: whether the transpose, of a matrix, is wanted.
+        dtype: what carries the codes; None is the format's own.
     """
     x = jnp.asarray(x)
     by_row = axis == x.ndim - 1
     quantize_by = ffi.quantize_rows if by_row else ffi.quantize_columns
     single: ffi.Layout = "codes" if by_row else "codes_t"
+    made = "e4m3" if compensate else format
+    carrier = get_format(made).dtype
+    dtype = carrier if dtype is None else dtype
 
-    def plain(x: Array, *outliers: Array) -> tuple[Array | None, ...]:
-        codes, scale = xla(x, *outliers, axis=axis, format=format)
-        return codes, codes.T if both else None, scale
+    names = [f"x{i}" for i in range(x.ndim)]
+    reduced = [name for i, name in enumerate(names) if axis is None or i == axis]
 
-    def kernel(x: Array, *outliers: Array) -> tuple[Array | None, ...]:
+    def plain(part: Part, x: Array, *outliers: Array) -> tuple[Array, ...]:
+        across = tuple(axis for name in reduced for axis in part.divides(name))
+        codes, scale = xla(x, *outliers, axis=axis, format=format, across=across)
+        codes = codes.astype(dtype)
+        return (codes, codes.T, scale) if both else (codes, scale)
+
+    def kernel(part: Part, x: Array, *outliers: Array) -> tuple[Array, ...]:
+        if any(part.divides(name) for name in reduced):  # it finds the scales itself
+            return plain(part, x, *outliers)
         bounds = [jnp.broadcast_to(bound, x.shape[:-2]) for bound in outliers]
         codes, codes_t, _, scale = quantize_by(
             kernel_input(x),
@@ -179,18 +191,23 @@ def operands(
             outliers=(bounds[0], bounds[1]) if bounds else None,
             compensate=compensate,
         )
+        if both:
+            assert codes is not None and codes_t is not None
+            return codes, codes_t, scale
         if codes is None:
             assert codes_t is not None
-            return jnp.swapaxes(codes_t, -1, -2), None, scale
-        return codes, codes_t, scale
+            codes = jnp.swapaxes(codes_t, -1, -2)
+        return codes, scale
 
-    served = x.ndim >= 2 and x.size > 0 and axis in (x.ndim - 1, x.ndim - 2)
-    codes, codes_t, scale = (
-        ffi.dispatch(kernel, plain, x, *outliers) if served else plain(x, *outliers)
-    )
-    assert codes is not None and scale is not None
-    q = QTensor(codes, scale, shift, "e4m3" if compensate else format, axis)
-    return (q,) if codes_t is None else (q, dataclasses.replace(q.T, codes=codes_t))
+    whole, turned = " ".join(names), " ".join(reversed(names))
+    of_scale = " ".join("1" if name in reduced else name for name in names)
+    results = (whole, turned, of_scale) if both else (whole, of_scale)
+    rule = Rule((whole, *[""] * len(outliers)), results)
+    served = x.ndim >= 2 and x.size > 0 and axis in (x.ndim - 1, x.ndim - 2) and dtype == carrier
+    dispatch = functools.partial(ffi.dispatch, kernel) if served else partition.by_xla
+    codes, *turned_codes, scale = dispatch(plain, x, *outliers, rule=rule)
+    q = QTensor(codes, scale, shift, made, axis)
+    return (q, *(dataclasses.replace(q.T, codes=codes_t) for codes_t in turned_codes))
 
 
 def kernel_input(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -240,13 +257,19 @@ def flush(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
     return jnp.where(jnp.abs(x) < TINY, np.float32(0), x)
 
 
-def scale_of(x: Float32[Array, "..."], axis: int | None, format: str) -> Float32[Array, "..."]:
-    """The scale that takes the largest magnitude along ``axis`` to the format's; dims kept."""
+def scale_of(
+    x: Float32[Array, "..."], axis: int | None, format: str, across: Axes = ()
+) -> Float32[Array, "..."]:
+    """The scale that takes the largest magnitude along ``axis`` to the format's; dims kept.
+
+    ``across`` are the mesh axes that divide ``axis``: their devices agree on one.
+    """
     f = get_format(format)
     # As integers, magnitudes sort as they do as floats, with NaN above infinity; the maximum of
     # floats loses NaNs on CPUs once XLA takes it over vectors.
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    amax = lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=True, initial=0), jnp.float32)
+    bits = jnp.max(bits, axis=axis, keepdims=True, initial=0)
+    amax = lax.bitcast_convert_type(lax.pmax(bits, across) if across else bits, jnp.float32)
     scale = jnp.maximum(amax * np.float32(1 / f.max), np.float32(f.min_scale))
     # Not true of NaN or infinity, nor of what would leave the reciprocal subnormal.
     return jnp.where(amax < 2.0**127, scale, jnp.nan)

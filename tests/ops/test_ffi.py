@@ -879,20 +879,3 @@ def test_the_environment_sets_the_default():
     assert (done.stdout, done.stderr) == ("xla\n", "")
     done = run_python(code, JFP4_BACKEND="xls")
     assert "ValueError: backend='xls'; expected one of auto, xla, host, cuda" in done.stderr
-
-
-def test_kernels_do_not_serve_on_a_mesh_that_would_gather_their_operands():
-    """XLA knows no way to divide a custom call, and says nothing of gathering what it is given."""
-    if why := ffi.missing("host"):
-        pytest.skip(why)
-    axes, manual = ("data", "tensor"), (jax.sharding.AxisType.Manual,) * 2
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4, 2), axes)):
-        with jfp4.backend("host"), pytest.raises(RuntimeError, match="over the mesh of 8 devices"):
-            jfp4.quantize(jnp.ones((8, 8)), 1)
-        assert ffi.kernel_platforms() == ()
-    for shape, kinds in (((4, 2), {"axis_types": manual}), ((1, 1), {})):
-        with (
-            jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, axes, **kinds)),
-            jfp4.backend("host"),
-        ):
-            assert ffi.kernel_platforms() == ("cpu",)

@@ -1,0 +1,229 @@
+"""Operations on meshes of eight devices, as a program of its own: it needs as many.
+
+Prints a JSON object: of layers, in how many places values and their gradient differ from those of
+one device, and how far the weights' gradients do, in units of what they may; of operations, what
+the divided program sends, and in how many places each result differs.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jfp4
+from jfp4.ops import ffi
+from jfp4.ops.outliers import thresholds
+from jfp4.ops.quantize import quantize_both, quantize_gradient
+from jfp4.qtensor import PackedQTensor
+from train.collectives import collectives
+from train.rehearsal import partitioned
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+M, K, N = 512, 64, 128
+RECIPES = {
+    "fp4": jfp4.Recipe(occ_sample=1000),
+    "exact": jfp4.Recipe(occ_sample=None, grad_format="e4m3"),
+    "fp8": jfp4.RECIPES["fp8"],
+    "tensor": jfp4.Recipe(x_scale="tensor", w_scale="tensor"),
+}
+
+rng = np.random.default_rng(0)
+# Magnitudes over four binades: scales differ, and a wrong one shows.
+x = jnp.asarray(rng.normal(size=(M, K)) * 2.0 ** rng.integers(-2, 3, (M, 1)), jnp.bfloat16)
+w1 = jnp.asarray(rng.normal(size=(K, N)) * 2.0 ** rng.integers(-2, 3, (1, N)), jnp.float32)
+w2 = jnp.asarray(rng.normal(size=(N, K)), jnp.float32)
+dy = jnp.asarray(rng.normal(size=(M, N)), jnp.bfloat16)
+
+
+def two_layers(recipe):
+    """Column parallel, then row parallel: as the MLP of a Llama."""
+
+    def loss(x, w1, w2, dz):
+        z = jfp4.linear(jax.nn.relu(jfp4.linear(x, w1, recipe)), w2, recipe)
+        return jnp.sum((z * dz).astype(jnp.float32)), z
+
+    return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+
+
+def make_mesh(sizes, kind=AxisType.Auto):
+    return jax.make_mesh(sizes, AXES, (kind,) * 3)
+
+
+def places(mesh):
+    batch, columns, rows = P(BATCH), P("fsdp", "tensor"), P(("tensor", "fsdp"))
+    return [NamedSharding(mesh, spec) for spec in (batch, columns, rows, batch)]
+
+
+def differences(found, wanted):
+    """In how many places two trees differ, a leaf at a time; NaN is equal to itself."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    arrays = [[np.asarray(a, np.float32) for a in pair] for pair in pairs]
+    return [int((a != b)[~(np.isnan(a) & np.isnan(b))].sum()) for a, b in arrays]
+
+
+def bounds():
+    """What dw1 and dw2 may differ by where their float32 sums are in another order.
+
+    Any two orders of t terms differ by at most ``2 (t - 1)`` units roundoff of the sum of their
+    magnitudes. Rounding to nearest at most doubles a magnitude, of either factor, and the
+    estimator's slope is at most 3.
+    """
+    wide = [np.asarray(a, np.float64) for a in (x, w1, w2, dy[:, :K])]
+    hidden = np.maximum(wide[0] @ wide[1], 0)
+    back = np.abs(wide[3]) @ np.abs(wide[2]).T
+    sums = [np.abs(wide[0]).T @ back, hidden.T @ np.abs(wide[3])]
+    return [2 * (M - 1) * 2.0**-24 * 2 * 2 * 3 * s for s in sums]
+
+
+def layers(results, backend):
+    """Values and gradients of two layers, wherever arrays lie and whoever decides it."""
+    for name, recipe in RECIPES.items():
+        of_recipe(results, backend, name, recipe, every_mode=name == "fp4")
+
+
+def of_recipe(results, backend, name, recipe, *, every_mode):
+    operands = x, w1, w2, dy[:, :K]
+    step = two_layers(recipe)
+    (_, z), (dx, *dws) = jax.jit(step)(*operands)
+
+    def run(case, mesh, fn, arrays):
+        with jfp4.backend(backend), jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            (_, found_z), (found_dx, *found_dws) = jax.jit(fn)(*arrays)
+        off = [
+            float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / bound))
+            for a, b, bound in zip(found_dws, dws, bounds(), strict=True)
+        ]
+        results[f"{name}, {case}"] = differences((found_z, found_dx), (z, dx)), off
+
+    def put(mesh, arrays):
+        with jax.set_mesh(mesh):
+            return [jax.device_put(a, p) for a, p in zip(arrays, places(mesh), strict=True)]
+
+    mesh = make_mesh((2, 2, 2))
+    run("automatic", mesh, step, put(mesh, operands))
+    if not every_mode:
+        return
+    run("no mesh in force", None, step, put(mesh, operands))
+
+    def second_of_two(*arrays):
+        return jax.tree.map(lambda a: a[1], jax.vmap(step)(*arrays))
+
+    apart = [NamedSharding(mesh, P(None, *place.spec)) for place in places(mesh)]
+    twice = [jax.device_put(jnp.stack([a, a]), p) for a, p in zip(operands, apart, strict=True)]
+    run("vmap", mesh, second_of_two, twice)
+
+    mesh = make_mesh((2, 2, 2), AxisType.Explicit)
+    run("explicit", mesh, step, put(mesh, operands))
+
+    # In a caller's own shard_map every shard is a tensor: so each is given the same rows.
+    mesh = make_mesh((8, 1, 1))
+    eight = [jnp.concatenate([a] * 8) for a in (x, dy[:, :K])]
+    for checked in (False, True):
+
+        def own(x, w1, w2, dz, checked=checked):
+            (loss, z), (dx, *dws) = step(x, w1, w2, dz)
+            if checked:  # the gradient of what all shards share is their sum
+                dws = [jax.lax.pcast(dw / 8, "data", to="varying") for dw in dws]
+            return jax.tree.map(lambda a: a[None], ((loss, z), (dx, *dws)))
+
+        specs = {"in_specs": (P("data"), P(), P(), P("data")), "out_specs": P("data")}
+        mapped = jax.shard_map(own, mesh=mesh, check_vma=checked, **specs)
+
+        def last(x, w1, w2, dz, mapped=mapped):
+            return jax.tree.map(lambda a: a[7], mapped(x, w1, w2, dz))
+
+        run(f"shard_map, checked {checked}", None, last, [eight[0], w1, w2, eight[1]])
+
+
+def operations(results, backend):
+    """What each operation sends, and that it gives what one device does."""
+    a, (b, _) = jfp4.quantize(x, 1), quantize_both(w1, 0)
+    packed = PackedQTensor.pack(b, axis=0)
+    mesh = make_mesh((2, 2, 2))
+    nothing = P()
+
+    def run(case, fn, specs, out, *arrays):
+        wanted = jax.jit(fn)(*arrays)
+        leaves, tree = jax.tree.flatten(arrays)
+        put = [
+            jax.device_put(leaf, NamedSharding(mesh, s))
+            for leaf, s in zip(leaves, specs, strict=True)
+        ]
+        out = jax.tree.map(lambda s: NamedSharding(mesh, s), out)
+        with jfp4.backend(backend), jax.set_mesh(mesh):
+            jitted = jax.jit(
+                lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)), out_shardings=out
+            )
+            lowered = jitted.lower(*put)
+            sent = collectives(partitioned(lowered))
+            found = lowered.compile()(*put)
+        results[case] = [[c.kind, c.bytes, len(c.group)] for c in sent], differences(found, wanted)
+
+    gemm = functools.partial(jfp4.gemm, out_dtype=jnp.bfloat16)
+    both = P(BATCH)
+    run("gemm, data", gemm, (both, both, nothing, nothing), both, a, b)
+    columns = P(None, "tensor")
+    run("gemm, columns", gemm, (nothing, nothing, columns, columns), columns, a, b)
+    run("gemm, rows", gemm, (columns, nothing, P("tensor"), nothing), nothing, a, b)
+    run("gemm, fsdp", gemm, (both, both, P("fsdp", "tensor"), columns), P(BATCH, "tensor"), a, b)
+    run(
+        "gemm, fsdp, packed",
+        gemm,
+        (both, both, P("tensor", "fsdp"), columns),
+        P(BATCH, "tensor"),
+        a,
+        packed,
+    )
+    run(
+        "gemm, rows, packed",
+        gemm,
+        (columns, nothing, P(None, "tensor"), nothing),
+        nothing,
+        a,
+        packed,
+    )
+    t, g = jfp4.quantize(x, 1).T.unscaled(), jfp4.quantize(dy, 0, format="e4m3")
+    run("gemm, gradient", gemm, (P(None, BATCH), nothing, both, nothing), P("fsdp"), t, g)
+    run("gemm, gradient, whole", gemm, (P(None, BATCH), nothing, both, nothing), nothing, t, g)
+    run("quantize, data", lambda x: quantize_both(x, 1), (both,), None, x)
+    run("quantize, tensor", lambda x: quantize_both(x, 1), (P(BATCH, "tensor"),), None, x)
+    run(
+        "gradient",
+        lambda *v: quantize_gradient(*v, format="e5m2"),
+        (both, nothing, both),
+        None,
+        dy,
+        jnp.ones((1, N)),
+        jnp.ones((M, 1)),
+    )
+    run("thresholds", lambda x: thresholds(x, sample=1000), (P(BATCH, "tensor"),), None, x)
+    broken = x.at[100, 3].set(jnp.nan)
+    run(
+        "thresholds, NaN", lambda x: thresholds(x, sample=None), (P(BATCH, "tensor"),), None, broken
+    )
+
+    # What nobody divides is gathered, in silence.
+    one = jnp.ones((1, 1), jnp.float32)
+    bare = lambda a, b: ffi.gemm(a.codes, one, b.codes.T, one, out_dtype=jnp.float32)  # noqa: E731
+    if backend != "xla":
+        run("a bare call", bare, (both, both, nothing, nothing), both, a, b)
+
+
+def main():
+    """Runs every case by the backend that is asked for."""
+    results = {}
+    backend = sys.argv[1]
+    layers(results, backend)
+    operations(results, backend)
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
