@@ -164,6 +164,7 @@ def scaling_tables(scaling: dict[str, Any]) -> str:
     rows = [
         [
             f"`{mesh['mesh']}`",
+            mesh["grad_comm"],
             f"{mesh['devices']:,}",
             f"{mesh['state bytes'] / 2**30:.1f}",
             f"{mesh['work bytes'] / 2**30:.1f}",
@@ -175,12 +176,13 @@ def scaling_tables(scaling: dict[str, Any]) -> str:
         ]
         for mesh in scaling["meshes"]
     ]
-    head = ["mesh", "GPUs", "state, GiB", "other, GiB", "sent in host, GiB", "between, GiB",
+    head = ["mesh", "gradients", "GPUs", "state, GiB", "other, GiB", "sent in host, GiB", "between, GiB",
             "seconds: compute, in host, between", "days", "GPU hours"]  # fmt: skip
     kinds = dict.fromkeys(kind for mesh in scaling["meshes"] for kind in mesh["collectives"])
     counted = [
         [
             f"`{mesh['mesh']}`",
+            mesh["grad_comm"],
             *(
                 f"{n:,}, {sent / 2**30:.1f}"
                 for n, sent in (mesh["collectives"].get(kind, (0, 0)) for kind in kinds)
@@ -193,7 +195,7 @@ def scaling_tables(scaling: dict[str, Any]) -> str:
 
 Collectives a step, and the GiB that a device sends for them:
 
-{_markdown(["mesh", *kinds], counted)}
+{_markdown(["mesh", "gradients", *kinds], counted)}
 
 The constants, of commit {scaling["commit"]}:
 

@@ -50,19 +50,25 @@ def main() -> int:
             "tokens a second of one GPU": measured["tokens_per_s"],
             "tokens": TOKENS,
         },
-        "meshes": [row(mesh, measured["tokens_per_s"]) for mesh in MESHES],
+        "meshes": [
+            row(mesh, comm, measured["tokens_per_s"])
+            for mesh in MESHES
+            for comm in ("float32", "fp8")
+        ],
     }
     (RESULTS / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def row(mesh: str, tokens_per_s: float) -> dict[str, Any]:
+def row(mesh: str, grad_comm: str, tokens_per_s: float) -> dict[str, Any]:
     """A mesh's bytes, collectives and modelled times."""
+    print(f"{mesh}, gradients in {grad_comm}: compiling", file=sys.stderr, flush=True)
     sizes = parse_mesh(mesh)
     devices = math.prod(sizes.values())
     config = parse(
         [
             f"--mesh={mesh}",
+            f"--grad_comm={grad_comm}",
             "--model=llama13b",
             f"--batch_size={SEQUENCES * devices}",
             f"--optimizer.accumulation={sizes.get('tensor', 1)}",
@@ -85,6 +91,7 @@ def row(mesh: str, tokens_per_s: float) -> dict[str, Any]:
     overlapped = max(seconds.values())
     return {
         "mesh": mesh,
+        "grad_comm": grad_comm,
         "devices": found.devices,
         "tokens a step": tokens,
         "state bytes": found.state_bytes,

@@ -141,3 +141,12 @@ class PackedQTensor:
     def T(self) -> "PackedQTensor":
         """The transposed matrix, of the same bytes."""
         return dataclasses.replace(self, scale=self.scale.T, axis=1 - self.axis)
+
+    @property
+    def shift(self) -> None:
+        """None: what has a shift is not packed."""
+        return None
+
+    def unscaled(self) -> "PackedQTensor":
+        """The codes alone; see ``QTensor.unscaled``."""
+        return dataclasses.replace(self, scale=jnp.ones((1, 1), jnp.float32))

@@ -194,7 +194,7 @@ def _shift_terms(
     a: QTensor | PackedQTensor, b: QTensor | PackedQTensor
 ) -> tuple[Float32[Array, "m r"], Float32[Array, "r n"]] | tuple[None, None]:
     """What shifts add to the product, as one of low rank: a term for each operand that has one."""
-    if all(isinstance(q, PackedQTensor) or q.shift is None for q in (a, b)):
+    if a.shift is None and b.shift is None:
         return None, None
     a, b = (q.unpack() if isinstance(q, PackedQTensor) else q for q in (a, b))
     terms = []

@@ -191,7 +191,6 @@ def _product(
 
 def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
     xq_t, residual, wq, w, calibration, (x_like, bias_like), (x_place, w_place) = saved
-    wq = unpacked(wq)
     for_dgrad, for_wgrad = _fold_and_quantize(recipe, dy, xq_t, wq)
     dy = dy.astype(jnp.float32)
     dx = _dgrad(dy, for_dgrad, wq, x_like.dtype)
@@ -210,7 +209,7 @@ _linear.defvjp(_fprop, _backward)
 
 
 def _fold_and_quantize(
-    recipe: Recipe, dy: Float[Array, "m n"], xq_t: QTensor, wq: QTensor
+    recipe: Recipe, dy: Float[Array, "m n"], xq_t: QTensor, wq: QTensor | PackedQTensor
 ) -> tuple[QTensor | Array, QTensor | Array]:
     """``dy * s_w`` and ``dy * s_x``, quantised unless the recipe leaves them in bfloat16."""
     w_scale, x_scale = wq.scale, xq_t.scale.T
@@ -221,7 +220,7 @@ def _fold_and_quantize(
 
 
 def _dgrad(
-    dy: Float32[Array, "m n"], folded: QTensor | Array, wq: QTensor, dtype: Any
+    dy: Float32[Array, "m n"], folded: QTensor | Array, wq: QTensor | PackedQTensor, dtype: Any
 ) -> Float[Array, "m k"]:
     if wq.shift is None:
         return _gradient_product(folded, wq.T.unscaled(), dtype)
@@ -253,15 +252,15 @@ def _wgrad(
 
 def _gradient_product(
     a: QTensor | Array,
-    b: QTensor | Array,
+    b: QTensor | PackedQTensor | Array,
     dtype: Any,
     slope: Slope | None = None,
     reduce: Callable[[Part, Array, str], Array] = Part.reduce,
 ) -> Array:
     """The product of codes; or in bfloat16, where the gradient is not quantised."""
-    if isinstance(a, QTensor) and isinstance(b, QTensor):
+    if isinstance(a, QTensor) and isinstance(b, QTensor | PackedQTensor):
         return gemm(a, b, slope=slope, out_dtype=dtype, reduce=reduce)
-    a, b = (v.codes if isinstance(v, QTensor) else v for v in (a, b))
+    a, b = (unpacked(v).codes if not isinstance(v, jax.Array) else v for v in (a, b))
     y = _bfloat16_matmul(a, b)
     return (y if slope is None else y * slope()).astype(dtype)
 

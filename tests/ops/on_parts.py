@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jfp4
 from jfp4.ops import ffi
+from jfp4.ops.exchange import spread
 from jfp4.ops.outliers import thresholds
 from jfp4.ops.quantize import quantize_both, quantize_gradient
 from jfp4.qtensor import PackedQTensor
@@ -216,12 +217,59 @@ def operations(results, backend):
         run("a bare call", bare, (both, both, nothing, nothing), both, a, b)
 
 
+def exchanged(results):
+    """Gradients summed in FP8: how far off, in units of what they may be, and what is sent."""
+    mesh, parts, rows, columns = make_mesh((2, 2, 2)), 4, 64, 512
+    stack = rng.normal(size=(parts, rows, columns)) * 2.0 ** rng.integers(
+        -12, 3, (1, rows, columns)
+    )
+    stack = np.asarray(stack, np.float32)
+    w = jnp.zeros((rows, columns))
+
+    def off(x):
+        """What quantising may do to each element."""
+        scale = np.max(np.abs(x), axis=-1, keepdims=True) / 448
+        return np.maximum(np.abs(x) * 2.0**-4, scale * 2.0**-10)
+
+    def worst(*partial_sums):
+        """What adding such sums, quantised, may do; and what float32 does besides."""
+        return sum(off(x) for x in partial_sums) + 2.0**-20 * sum(np.abs(x) for x in partial_sums)
+
+    def total(stack):
+        return jax.vjp(lambda w: spread(w, parts), w)[1](stack)[0]
+
+    wide = stack.astype(np.float64)
+    # Over all four at once, and once more where the sum is gathered; or first over fsdp, to each of
+    # two its rows, and then over data. A sum that is quantised may itself be off.
+    whole = worst(*wide)
+    fsdp = [worst(*wide[i : i + 2]) for i in (0, 2)]
+    pairs = [np.abs(wide[i : i + 2].sum(0)) + own for i, own in zip((0, 2), fsdp, strict=True)]
+    scattered = sum(fsdp) + worst(*pairs)
+    cases = {
+        "whole": (P(), whole + off(np.abs(wide.sum(0)) + whole)),
+        "scattered": (P("fsdp"), scattered + off(np.abs(wide.sum(0)) + scattered)),
+    }
+    put = jax.device_put(stack, NamedSharding(mesh, P(BATCH)))
+    for case, (spec, bound) in cases.items():
+        for comm in ("float32", "fp8"):
+            with jax.set_mesh(mesh), jfp4.grad_comm(comm):
+                lowered = jax.jit(total, out_shardings=NamedSharding(mesh, spec)).lower(put)
+            sent = [[c.kind, c.bytes, len(c.group)] for c in collectives(partitioned(lowered))]
+            errors = np.abs(np.asarray(lowered.compile()(put), np.float64) - wide.sum(0))
+            results[f"{case}, {comm}"] = sent, float(np.max(errors / bound))
+    broken = put.at[1, 3, 5].set(jnp.inf)
+    with jax.set_mesh(mesh), jfp4.grad_comm("fp8"):
+        found = np.asarray(jax.jit(total)(broken))
+    results["infinity"] = np.isnan(found).sum(axis=1).tolist()
+
+
 def main():
     """Runs every case by the backend that is asked for."""
     results = {}
     backend = sys.argv[1]
     layers(results, backend)
     operations(results, backend)
+    exchanged(results)
     json.dump(results, sys.stdout)
 
 

@@ -99,6 +99,41 @@ def test_a_call_without_a_rule_gathers_its_operands(found):
     assert differs == [0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["whole", "scattered"])
+def test_gradients_exchanged_in_fp8(found, case):
+    elements, scales = 64 * 512, 4 * 64
+    sums = [["all-reduce", 4 * elements, 4]]
+    kinds = ["all-to-all", "all-gather"]
+    if case == "scattered":
+        sums = [["reduce-scatter", 4 * elements, 2], ["all-reduce", 4 * elements // 2, 2]]
+    sent, off = found[f"{case}, float32"]
+    assert sent == sums and off < 2.0**-10
+    sent, off = found[f"{case}, fp8"]
+    assert 2.0**-10 < off <= 1
+    assert {kind for kind, *_ in sent} == set(kinds)
+    # By the ring algorithms a sum goes round twice: as all-to-all and all-gather do together. Where
+    # a part is left to each device, that sum goes round once.
+    in_bf16 = sum(size // 2 * (1 if kind == "reduce-scatter" else 2) for kind, size, _ in sums)
+    in_fp8 = sum(size for _, size, _ in sent)
+    rounds = in_bf16 // (2 * elements)
+    assert in_fp8 == rounds * (elements + scales)
+    assert in_fp8 <= 0.55 * in_bf16
+
+
+@pytest.mark.slow
+def test_an_infinite_gradient_is_no_number_after_the_exchange(found):
+    """Its row's scale is NaN, so that the step is skipped."""
+    rows = [0] * 64
+    rows[3] = 512
+    assert found["infinity"] == rows
+
+
+def test_an_unknown_exchange():
+    with pytest.raises(ValueError, match="grad_comm='bf16'; expected one of float32, fp8"):
+        jfp4.grad_comm("bf16")
+
+
 # ---------------------------------------------------------------------------------------- planning
 
 

@@ -5,10 +5,14 @@ Prints a JSON object of losses by case, and what the devices of a mesh hold.
 
 import json
 import sys
+import unittest.mock
 
 import jax
 import numpy as np
+from flax import nnx
 
+from jfp4.nn import Prepared
+from jfp4.ops.linear import quantize_activation
 from jfp4.sharding import make_mesh, parse_mesh
 from train.batches import batches
 from train.config import parse
@@ -41,9 +45,30 @@ def tokens():
     return np.frombuffer(text.encode(), np.uint8)
 
 
-def run(placement, change=lambda batch: batch):
+def first_codes(placement):
+    """Of the first step every weight's codes and scales, and of every layer's input the codes."""
+    trainer = Trainer(parse(FLAGS), placement)
+    batch = next(batches(tokens(), seq_len=SEQ, batch_size=ROWS, seed=0))
+
+    def of_input(x, w, recipe, calibration):
+        q, _ = quantize_activation(x.reshape(-1, x.shape[-1]), recipe, calibration)
+        return {"codes": q.codes}
+
+    def codes(state, batch):
+        model = trainer._merge(state.params, state.stats)
+        model.prepare()
+        given = trainer.health(state.params, state.stats, batch)
+        return nnx.state(model, Prepared), given
+
+    with placement.in_force(), unittest.mock.patch("jfp4.nn.health", of_input):
+        state = trainer.placed_init()
+        found = jax.jit(codes)(state, placement.put(batch[placement.rows(ROWS)], ROWS))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
+
+
+def run(placement, change=lambda batch: batch, *flags):
     """The losses of a run, and the state after it."""
-    config = parse(FLAGS)
+    config = parse([*FLAGS, *flags])
     trainer = Trainer(config, placement)
     with placement.in_force():
         state = trainer.placed_init()
@@ -63,6 +88,7 @@ def main():
     results = {}
     one = Placement()
     results["one device"], _ = run(one)
+    codes_of_one = first_codes(one)
     rng = np.random.default_rng(0)
     for i in range(3):
         order = rng.permutation(ROWS)
@@ -73,8 +99,12 @@ def main():
     for text in MESHES:
         placement = Placement(make_mesh(parse_mesh(text)))
         results[text], state = run(placement)
+        pairs = zip(first_codes(placement), codes_of_one, strict=True)
+        results[f"{text}, codes"] = [float(np.mean(a != b)) for a, b in pairs]
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
         results[f"{text} holds"] = held / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if text == "data=2,fsdp=2,tensor=2":
+            results["fp8"], _ = run(placement, lambda batch: batch, "--grad_comm=fp8")
     json.dump(results, sys.stdout)
 
 

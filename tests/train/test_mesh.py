@@ -55,6 +55,22 @@ def test_losses_are_those_of_one_device(losses, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_codes_of_the_first_step_are_those_of_one_device(losses, mesh):
+    found = losses[f"{mesh}, codes"]
+    assert len(found) == 20 and set(found) == {0}
+
+
+@pytest.mark.slow
+def test_gradients_exchanged_in_fp8_change_less_than_a_wrong_reduction(losses):
+    found, wrong = differences(losses, "fp8"), differences(losses, "half")
+    assert found[0] <= bounds(losses)[0]  # before any gradient
+    assert sum(found) < sum(wrong) / 4
+    # And they were exchanged: no order of float32's sums does as much in one step.
+    assert found[1] > 100 * max(differences(losses, f"order {i}")[1] for i in range(3))
+
+
+@pytest.mark.slow
 def test_a_reduction_over_half_of_the_devices_breaks_every_bound(losses):
     found = differences(losses, "half")
     assert all(a > 2 * b for a, b in zip(found, bounds(losses), strict=True)), found
