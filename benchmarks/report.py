@@ -176,8 +176,9 @@ def scaling_tables(scaling: dict[str, Any]) -> str:
         ]
         for mesh in scaling["meshes"]
     ]
-    head = ["mesh", "gradients", "GPUs", "state, GiB", "other, GiB", "sent in host, GiB", "between, GiB",
-            "seconds: compute, in host, between", "days", "GPU hours"]  # fmt: skip
+    head = ["mesh", "gradients", "GPUs", "state, GiB", "other, GiB", "sent in host, GiB",
+            "between, GiB", "seconds: compute, in host, between", "days",
+            "GPU hours"]  # fmt: skip
     kinds = dict.fromkeys(kind for mesh in scaling["meshes"] for kind in mesh["collectives"])
     counted = [
         [

@@ -17,7 +17,7 @@ NAMES = {
     *("nn", "convert", "linear", "gemm", "quantize", "calibrate", "Calibration", "QTensor"),
     *("PackedQTensor", "PreparedWeight", "prepare", "Backends", "backend", "backends"),
     *("FORMATS", "Format", "pack", "unpack", "round_to_format"),
-    *("RECIPES", "Recipe", "save_codes", "optim", "master", "AdamW"),
+    *("RECIPES", "Recipe", "save_codes", "optim", "master", "AdamW", "grad_comm"),
 }
 
 

@@ -334,12 +334,19 @@ def _resolve(rule: Rule, shapes: Sequence[_Shape]) -> list[_Dims]:
     for tokens, shape in zip(entries, shapes, strict=True):
         for token, n in zip(tokens, shape, strict=True):
             length[token] = max(length.get(token, 0), n)
+    # A length that is odd ends amid a byte: nor are its elements divided where they are whole.
+    odd = {
+        token.removesuffix("/2")
+        for tokens, shape in zip(entries, shapes, strict=True)
+        for token, n in zip(tokens, shape, strict=True)
+        if token.endswith("/2") and length.get(token.removesuffix("/2")) != 2 * n
+    }
     resolved = []
     for tokens, shape in zip(entries, shapes, strict=True):
         halved = tuple(token.endswith("/2") for token in tokens)
         names = [token.removesuffix("/2") for token in tokens]
         factors = tuple(
-            name if name != "1" and length.get(name) == (2 * n if half else n) else None
+            name if name != "1" and name not in odd and (half or length[name] == n) else None
             for name, half, n in zip(names, halved, shape, strict=True)
         )
         resolved.append(_Dims(factors, halved, shape))

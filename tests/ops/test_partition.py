@@ -187,6 +187,10 @@ def test_halves_and_broadcast_axes():
     shapes = [(8, 6), (4, 3), (1, 1), (8, 4)]
     part, places = planned(rule, shapes, [P(None, "tensor"), P(None, "tensor"), P(), P()], 3)
     assert part is not WHOLE and part.axes == {}
+    # Of 5, the last ends amid a byte.
+    shapes = [(8, 5), (4, 3), (1, 1), (8, 4)]
+    part, _ = _plan(rule, shapes, [P(None, "five"), P(), P(), P()], 3, {"five": 5})[:2]
+    assert part.axes == {}
     shapes = [(8, 8), (4, 4), (1, 1), (8, 4)]
     part, places = planned(rule, shapes, [P("data", "tensor"), P(None, "tensor"), P(), P()], 3)
     assert part.axes == {"m": ("data",), "k": ("tensor",)}

@@ -1,0 +1,66 @@
+"""Plans for devices that this machine does not have."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_run import TINY
+
+from train.config import parse
+from train.errors import UserError
+from train.rehearsal import devices_of, rehearse
+from train.step import Trainer
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (*TINY, "--batch_size=4", "--model.num_kv_heads=2")
+
+
+def test_devices_of_a_mesh():
+    assert devices_of(parse([])) is None
+    assert devices_of(parse(["--mesh=data=2,fsdp=-1"])) is None
+    assert devices_of(parse(["--mesh=data=2,fsdp=8"])) == 16
+
+
+def test_what_is_left_open_cannot_be_rehearsed():
+    with pytest.raises(UserError, match="mesh=fsdp=-1; expected every size"):
+        rehearse(parse(["--mesh=fsdp=-1"]))
+
+
+def test_a_mesh_that_does_not_fit_is_told_in_one_line():
+    with pytest.raises(UserError, match=r"^batch_size / optimizer.accumulation=4; expected a"):
+        rehearse(parse([*FLAGS, "--mesh=data=8"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comm", ["float32", "fp8"])
+def test_data_parallel_sends_each_gradient_once(comm):
+    found = rehearse(parse([*FLAGS, "--mesh=data=4", f"--grad_comm={comm}"]))
+    assert found.devices == 4
+    sent = Counter((c.kind, c.bytes) for c in found.collectives for _ in range(c.times))
+    matrices = [
+        weight.shape[-2:]
+        for weight in jax.tree.leaves(Trainer(parse(FLAGS)).abstract_state().params)
+        for _ in range(weight.shape[0] if weight.ndim == 3 else 1)
+        if weight.ndim > 1 and weight.shape[-2] > 2
+    ]
+    assert len(matrices) == 2 * 4 + 1
+    for rows, columns in matrices:
+        if comm == "float32":
+            sent[("all-reduce", 4 * rows * columns)] -= 1
+        else:
+            for kind in ("all-to-all", "all-gather"):
+                sent[(kind, rows * columns)] -= 1
+                sent[(kind, 4 * rows)] -= 1
+    assert min(sent.values()) >= 0
+
+
+@pytest.mark.slow
+def test_the_program_plans_elsewhere():
+    command = [sys.executable, "-m", "train.main", *FLAGS, "--plan", "--mesh=fsdp=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "A train step on each of 4 devices" in done.stdout
+    assert "all-gather, sent" in done.stdout and "reduce-scatter, sent" in done.stdout
