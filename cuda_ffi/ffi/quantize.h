@@ -16,6 +16,7 @@ struct QuantizeRowsCall {
         .template Arg<Buffer>()  // x: [..., m, k]
         .template Arg<Buffer>()  // lo: f32 [..., 1], or absent
         .template Arg<Buffer>()  // hi: f32 [..., 1], or absent
+        .template Arg<Buffer>()  // amax_floor: f32 [..., m], or absent
         .template Ret<Buffer>()  // codes: [..., m, k], or absent
         .template Ret<Buffer>()  // codes_t: [..., k, m], or absent
         .template Ret<Buffer>()  // packed: u8 [..., m, ceil(k / 2)], or absent
@@ -24,8 +25,8 @@ struct QuantizeRowsCall {
         .template Attr<bool>("compensate");
   }
 
-  static ffi::ErrorOr<QuantizeRows> Read(Buffer x, Buffer lo, Buffer hi, Output codes,
-                                         Output codes_t, Output packed, Output scale,
+  static ffi::ErrorOr<QuantizeRows> Read(Buffer x, Buffer lo, Buffer hi, Buffer amax_floor,
+                                         Output codes, Output codes_t, Output packed, Output scale,
                                          int32_t format, bool compensate);
 };
 
@@ -39,6 +40,7 @@ struct QuantizeColumnsCall {
         .template Arg<Buffer>()  // x: [..., k, n]
         .template Arg<Buffer>()  // lo: f32 [..., 1], or absent
         .template Arg<Buffer>()  // hi: f32 [..., 1], or absent
+        .template Arg<Buffer>()  // amax_floor: f32 [..., n], or absent
         .template Ret<Buffer>()  // codes: [..., k, n], or absent
         .template Ret<Buffer>()  // codes_t: [..., n, k], or absent
         .template Ret<Buffer>()  // packed_t: u8 [..., n, ceil(k / 2)], or absent
@@ -48,9 +50,10 @@ struct QuantizeColumnsCall {
         .template Attr<bool>("compensate");
   }
 
-  static ffi::ErrorOr<QuantizeColumns> Read(Buffer x, Buffer lo, Buffer hi, Output codes,
-                                            Output codes_t, Output packed_t, Output scale,
-                                            Output amax, int32_t format, bool compensate);
+  static ffi::ErrorOr<QuantizeColumns> Read(Buffer x, Buffer lo, Buffer hi, Buffer amax_floor,
+                                            Output codes, Output codes_t, Output packed_t,
+                                            Output scale, Output amax, int32_t format,
+                                            bool compensate);
 };
 
 struct QuantizeGradientCall {
@@ -63,6 +66,8 @@ struct QuantizeGradientCall {
         .template Arg<Buffer>()  // dy: [..., m, n]
         .template Arg<Buffer>()  // col_factor: f32 [..., 1, n]
         .template Arg<Buffer>()  // row_factor: f32 [..., m, 1]
+        .template Arg<Buffer>()  // row_floor: f32 [..., m], or absent
+        .template Arg<Buffer>()  // col_floor: f32 [..., n], or absent
         .template Ret<Buffer>()  // codes: [..., m, n]
         .template Ret<Buffer>()  // row_scale: f32 [..., m, 1]
         .template Ret<Buffer>()  // codes_t: [..., n, m]
@@ -72,8 +77,9 @@ struct QuantizeGradientCall {
   }
 
   static ffi::ErrorOr<QuantizeGradient> Read(Buffer dy, Buffer col_factor, Buffer row_factor,
-                                             Output codes, Output row_scale, Output codes_t,
-                                             Output col_scale, Output amax, int32_t format);
+                                             Buffer row_floor, Buffer col_floor, Output codes,
+                                             Output row_scale, Output codes_t, Output col_scale,
+                                             Output amax, int32_t format);
 };
 
 inline Outliers CheckOutliers(Checker& check, Buffer lo, Buffer hi, Format format,
@@ -99,9 +105,10 @@ inline void CheckPacked(Checker& check, const char* name, const uint8_t* packed,
 }
 
 inline ffi::ErrorOr<QuantizeRows> QuantizeRowsCall::Read(Buffer x, Buffer lo, Buffer hi,
-                                                         Output codes, Output codes_t,
-                                                         Output packed, Output scale,
-                                                         int32_t format, bool compensate) {
+                                                         Buffer amax_floor, Output codes,
+                                                         Output codes_t, Output packed,
+                                                         Output scale, int32_t format,
+                                                         bool compensate) {
   Checker check("x", x, 2);
   const int64_t m = check.dim(0), k = check.dim(1);
   QuantizeRows args{};
@@ -113,15 +120,16 @@ inline ffi::ErrorOr<QuantizeRows> QuantizeRowsCall::Read(Buffer x, Buffer lo, Bu
   args.codes_t = check.TakeIfPresent<uint8_t>("codes_t", *codes_t, type, k, m);
   args.packed = check.TakeIfPresent<uint8_t>("packed", *packed, ffi::U8, m, (k + 1) / 2);
   args.scale = check.Take<float>("scale", *scale, ffi::F32, {m, 1});
+  args.amax_floor = check.TakeIfPresent<float>("amax_floor", amax_floor, ffi::F32, m);
   CheckPacked(check, "packed", args.packed, args.format, compensate);
   return check.Finish(args);
 }
 
 inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer lo, Buffer hi,
-                                                               Output codes, Output codes_t,
-                                                               Output packed_t, Output scale,
-                                                               Output amax, int32_t format,
-                                                               bool compensate) {
+                                                               Buffer amax_floor, Output codes,
+                                                               Output codes_t, Output packed_t,
+                                                               Output scale, Output amax,
+                                                               int32_t format, bool compensate) {
   Checker check("x", x, 2);
   const int64_t k = check.dim(0), n = check.dim(1);
   QuantizeColumns args{};
@@ -134,15 +142,14 @@ inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer 
   args.packed_t = check.TakeIfPresent<uint8_t>("packed_t", *packed_t, ffi::U8, n, (k + 1) / 2);
   args.scale = check.Take<float>("scale", *scale, ffi::F32, {1, n});
   args.amax = check.Take<float>("amax", *amax, ffi::F32, {n});
+  args.amax_floor = check.TakeIfPresent<float>("amax_floor", amax_floor, ffi::F32, n);
   CheckPacked(check, "packed_t", args.packed_t, args.format, compensate);
   return check.Finish(args);
 }
 
-inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(Buffer dy, Buffer col_factor,
-                                                                 Buffer row_factor, Output codes,
-                                                                 Output row_scale, Output codes_t,
-                                                                 Output col_scale, Output amax,
-                                                                 int32_t format) {
+inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(
+    Buffer dy, Buffer col_factor, Buffer row_factor, Buffer row_floor, Buffer col_floor,
+    Output codes, Output row_scale, Output codes_t, Output col_scale, Output amax, int32_t format) {
   Checker check("dy", dy, 2);
   const int64_t m = check.dim(0), n = check.dim(1);
   QuantizeGradient args{};
@@ -156,6 +163,8 @@ inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(Buffer dy, Buff
   args.codes_t = check.Take<uint8_t>("codes_t", *codes_t, type, {n, m});
   args.col_scale = check.Take<float>("col_scale", *col_scale, ffi::F32, {1, n});
   args.amax = check.Take<float>("amax", *amax, ffi::F32, {m + n});
+  args.row_floor = check.TakeIfPresent<float>("row_floor", row_floor, ffi::F32, m);
+  args.col_floor = check.TakeIfPresent<float>("col_floor", col_floor, ffi::F32, n);
   return check.Finish(args);
 }
 

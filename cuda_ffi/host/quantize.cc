@@ -230,8 +230,9 @@ void ForTiles(int64_t length, const Work& work) {
   for (int64_t i = 0; i < length; i += kTile) work(i, std::min(kTile, length - i));
 }
 
-// Scales of a matrix's rows or columns, and its codes.
-void Quantize(const Source& s, bool by_row, float* scale, const Outputs& out,
+// Scales of a matrix's rows or columns, whose largest magnitudes are at least `floor` if there is
+// one, and its codes.
+void Quantize(const Source& s, bool by_row, const float* floor, float* scale, const Outputs& out,
               ffi::ThreadPool pool) {
   const Functions& f = Chosen();
   const int64_t slices = by_row ? s.rows : s.cols, length = by_row ? s.cols : s.rows;
@@ -245,6 +246,7 @@ void Quantize(const Source& s, bool by_row, float* scale, const Outputs& out,
       f.amax(s, block, by_row, amax);
     });
     for (int64_t i = 0; i < count; ++i) {
+      if (floor != nullptr) amax[i] = std::max<int32_t>(amax[i], BitsOf(floor[first + i]));
       scale[first + i] = ScaleOf(amax[i], s.format);
       inverse[first + i] = 1 / scale[first + i];
     }
@@ -260,7 +262,10 @@ void Quantize(const Source& s, bool by_row, float* scale, const Outputs& out,
   });
 }
 
-uint8_t* At(uint8_t* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; }
+template <typename T>
+T* At(T* base, int64_t offset) {
+  return base == nullptr ? nullptr : base + offset;
+}
 
 void RunRows(const QuantizeRows& args, ffi::ThreadPool pool) {
   const int64_t rows = args.in.rows, cols = args.in.cols;
@@ -269,7 +274,8 @@ void RunRows(const QuantizeRows& args, ffi::ThreadPool pool) {
     Clamp(args.outliers, i, source);
     const Outputs out{At(args.codes, i * rows * cols), At(args.codes_t, i * rows * cols),
                       At(args.packed, i * rows * ((cols + 1) / 2)), nullptr};
-    Quantize(source, /*by_row=*/true, args.scale + i * rows, out, pool);
+    Quantize(source, /*by_row=*/true, At(args.amax_floor, i * rows), args.scale + i * rows, out,
+             pool);
   }
 }
 
@@ -280,7 +286,8 @@ void RunColumns(const QuantizeColumns& args, ffi::ThreadPool pool) {
     Clamp(args.outliers, i, source);
     const Outputs out{At(args.codes, i * rows * cols), At(args.codes_t, i * rows * cols), nullptr,
                       At(args.packed_t, i * cols * ((rows + 1) / 2))};
-    Quantize(source, /*by_row=*/false, args.scale + i * cols, out, pool);
+    Quantize(source, /*by_row=*/false, At(args.amax_floor, i * cols), args.scale + i * cols, out,
+             pool);
   }
 }
 
@@ -292,9 +299,10 @@ void RunGradient(const QuantizeGradient& args, ffi::ThreadPool pool) {
     by_column.row_factor = args.row_factor + i * rows;
     uint8_t* codes = args.codes + i * rows * cols;
     uint8_t* codes_t = args.codes_t + i * rows * cols;
-    Quantize(by_row, true, args.row_scale + i * rows, {codes, nullptr, nullptr, nullptr}, pool);
-    Quantize(by_column, false, args.col_scale + i * cols, {nullptr, codes_t, nullptr, nullptr},
-             pool);
+    Quantize(by_row, true, At(args.row_floor, i * rows), args.row_scale + i * rows,
+             {codes, nullptr, nullptr, nullptr}, pool);
+    Quantize(by_column, false, At(args.col_floor, i * cols), args.col_scale + i * cols,
+             {nullptr, codes_t, nullptr, nullptr}, pool);
   }
 }
 

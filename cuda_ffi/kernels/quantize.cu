@@ -225,6 +225,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (lane == 0) warp_amax[threadIdx.x / kWarp] = amax;
   __syncthreads();
   amax = WarpMax(lane < blockDim.x / kWarp ? warp_amax[lane] : 0);
+  if (args.amax_floor != nullptr) amax = max(amax, __float_as_uint(args.amax_floor[row]));
 
   const float scale = ScaleOf(amax, kFormat);
   if (threadIdx.x == 0) args.scale[row] = scale;
@@ -586,6 +587,7 @@ struct Any {
   float* row_scale;
   float* col_scale;
   float* col_amax;
+  const float* amax_floor;
   uint8_t* codes;
   uint8_t* codes_t;
   uint8_t* packed;
@@ -647,6 +649,9 @@ __global__ void __launch_bounds__(kAnyThreads) AnyRowScaleKernel(const __grid_co
   __syncthreads();
   if (threadIdx.x == 0) {
     for (const uint32_t other : warp_amax) amax = max(amax, other);
+    if (args.amax_floor != nullptr) {
+      amax = max(amax, __float_as_uint(args.amax_floor[blockIdx.x]));
+    }
     args.row_scale[blockIdx.x] = ScaleOf(amax, args.format);
   }
 }
@@ -811,8 +816,11 @@ bool HasGroups(const QuantizeInput& in, const void* codes_t, const void* packed_
          IsAligned(packed_t, kGroupRows / 2);
 }
 
-cudaError_t ClearAmax(float* amax, int64_t size, cudaStream_t stream) {
-  return cudaMemsetAsync(amax, 0, size * sizeof(float), stream);
+// What kernels raise to the largest magnitudes.
+cudaError_t StartAmax(float* amax, const float* floor, int64_t size, cudaStream_t stream) {
+  const size_t bytes = size * sizeof(float);
+  return floor == nullptr ? cudaMemsetAsync(amax, 0, bytes, stream)
+                          : cudaMemcpyAsync(amax, floor, bytes, cudaMemcpyDeviceToDevice, stream);
 }
 
 cudaError_t LaunchAny(const Any& args, cudaStream_t stream) {
@@ -825,7 +833,7 @@ cudaError_t LaunchAny(const Any& args, cudaStream_t stream) {
     if (error != cudaSuccess || in.cols == 0) return error;
   } else {
     if (in.batch * in.cols == 0) return cudaSuccess;
-    error = ClearAmax(args.col_amax, in.batch * in.cols, stream);
+    error = StartAmax(args.col_amax, args.amax_floor, in.batch * in.cols, stream);
     if (error == cudaSuccess && in.rows > 0) {
       const int64_t blocks = in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAnyThreads);
       error = Launch(AnyColumnAmaxKernel, blocks, kAnyThreads, stream, args);
@@ -864,7 +872,7 @@ int64_t TileBlocks(const QuantizeInput& in) {
 
 cudaError_t LaunchTiles(const QuantizeColumns& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
-  cudaError_t error = ClearAmax(args.amax, in.batch * in.cols, stream);
+  cudaError_t error = StartAmax(args.amax, args.amax_floor, in.batch * in.cols, stream);
   if (error != cudaSuccess) return error;
   error = WithType(in.type, [&](auto type) {
     return Launch(ColumnAmaxKernel<type()>, AmaxBlocks<type()>(in), kColumnThreads, stream, args);
@@ -878,7 +886,14 @@ cudaError_t LaunchTiles(const QuantizeColumns& args, cudaStream_t stream) {
 
 cudaError_t LaunchGradientTiles(const QuantizeGradient& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
-  cudaError_t error = ClearAmax(args.amax, in.batch * (in.rows + in.cols), stream);
+  const int64_t rows = in.batch * in.rows, cols = in.batch * in.cols;
+  cudaError_t error;
+  if (args.row_floor == nullptr && args.col_floor == nullptr) {
+    error = StartAmax(args.amax, nullptr, rows + cols, stream);
+  } else {
+    error = StartAmax(args.amax, args.row_floor, rows, stream);
+    if (error == cudaSuccess) error = StartAmax(args.amax + rows, args.col_floor, cols, stream);
+  }
   if (error != cudaSuccess) return error;
   error = WithType(in.type, [&](auto type) {
     return Launch(GradientAmaxKernel<type()>, AmaxBlocks<type()>(in), kColumnThreads, stream, args);
@@ -909,6 +924,7 @@ cudaError_t LaunchQuantizeRows(const QuantizeRows& args, cudaStream_t stream) {
   }
   Any any = {in, args.outliers, args.format};
   any.row_scale = args.scale;
+  any.amax_floor = args.amax_floor;
   any.codes = args.codes;
   any.codes_t = args.codes_t;
   any.packed = args.packed;
@@ -923,6 +939,7 @@ cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stre
     Any any = {in, args.outliers, args.format};
     any.col_scale = args.scale;
     any.col_amax = args.amax;
+    any.amax_floor = args.amax_floor;
     any.codes = args.codes;
     any.codes_t = args.codes_t;
     any.packed_t = args.packed_t;
@@ -941,11 +958,13 @@ cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t st
   Any rows = {in, {}, args.format};
   rows.col_factor = args.col_factor;
   rows.row_scale = args.row_scale;
+  rows.amax_floor = args.row_floor;
   rows.codes = args.codes;
   Any columns = {in, {}, args.format};
   columns.row_factor = args.row_factor;
   columns.col_scale = args.col_scale;
   columns.col_amax = args.amax + in.batch * in.rows;
+  columns.amax_floor = args.col_floor;
   columns.codes_t = args.codes_t;
   const cudaError_t error = LaunchAny(rows, stream);
   return error == cudaSuccess ? LaunchAny(columns, stream) : error;

@@ -11,7 +11,8 @@ namespace jfp4 {
 
 // Inputs are `batch` contiguous row-major matrices [rows, cols]. Any output pointer may be null:
 // that output is not written. `codes` is [batch, rows, cols], `codes_t` its transpose [batch, cols,
-// rows].
+// rows]. An `amax_floor` is what the largest magnitude of each row or column is at least, of the
+// scale's shape, its sign bit clear: of a part of a matrix, the whole's. Null is zeros.
 struct QuantizeInput {
   const void* x;
   DType type;
@@ -37,6 +38,7 @@ struct QuantizeRows {
   uint8_t* codes_t;
   uint8_t* packed;
   float* scale;
+  const float* amax_floor;
 };
 cudaError_t LaunchQuantizeRows(const QuantizeRows& args, cudaStream_t stream);
 
@@ -51,6 +53,7 @@ struct QuantizeColumns {
   uint8_t* packed_t;
   float* scale;
   float* amax;
+  const float* amax_floor;
 };
 cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stream);
 
@@ -67,6 +70,8 @@ struct QuantizeGradient {
   uint8_t* codes_t;
   float* col_scale;
   float* amax;
+  const float* row_floor;
+  const float* col_floor;
 };
 cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t stream);
 

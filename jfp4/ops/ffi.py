@@ -36,7 +36,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
 """What has kernels."""
 
-INTERFACE = 3
+INTERFACE = 4
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -171,8 +171,7 @@ def backends() -> Backends:
 
     On a CPU that is XLA unless the host path is asked for. Scales of whole tensors, shifts and the
     estimator's slope by itself have no kernels: XLA computes them always. In the product that it
-    multiplies the slope has one, of E2M1 with k above 1. On a mesh XLA computes a scale along an
-    axis that is divided, and what the slope multiplies after such a sum.
+    multiplies the slope has one, of E2M1 with k above 1, unless that is summed over a mesh.
 
     Raises:
         RuntimeError: the path asked for (``backend``) is missing.
@@ -268,6 +267,7 @@ def quantize_rows(
     want: Collection[Layout],
     outliers: tuple[Float32[Array, "*b"], Float32[Array, "*b"]] | None = None,
     compensate: bool = False,
+    amax_floor: Float32[Array, "*b m 1"] | None = None,
 ) -> Quantized:
     """Quantises with a scale a row.
 
@@ -277,6 +277,8 @@ def quantize_rows(
         want: of codes [m, k], codes_t [k, m] and packed, uint8 [m, ceil(k / 2)], those to write.
         outliers: thresholds to clamp at.
         compensate: whether what was clamped off is added to the codes, which are E4M3 then.
+        amax_floor: what the largest magnitude of each row, clamped, is at least, its sign bit
+            clear: of a part of a tensor the whole's.
 
     Returns:
         What was wanted, and the scale [m, 1].
@@ -287,7 +289,7 @@ def quantize_rows(
     shapes = {"codes": (m, k), "codes_t": (k, m), "packed": (m, (k + 1) // 2)}
     results = (*_results(batch, shapes, dtype, want), _float32(*batch, m, 1))
     *outputs, scale = _call("jfp4_quantize_rows", results)(
-        x, lo, hi, format=_index(format), compensate=compensate
+        x, lo, hi, _floor(batch, amax_floor), format=_index(format), compensate=compensate
     )
     return _quantized(outputs, shapes, want, scale)
 
@@ -299,6 +301,7 @@ def quantize_columns(
     want: Collection[Layout],
     outliers: tuple[Float32[Array, "*b"], Float32[Array, "*b"]] | None = None,
     compensate: bool = False,
+    amax_floor: Float32[Array, "*b 1 n"] | None = None,
 ) -> Quantized:
     """Quantises with a scale a column; see ``quantize_rows``.
 
@@ -315,7 +318,7 @@ def quantize_columns(
         _float32(*batch, n),  # scratch
     )
     *outputs, scale, _ = _call("jfp4_quantize_columns", results)(
-        x, lo, hi, format=_index(format), compensate=compensate
+        x, lo, hi, _floor(batch, amax_floor), format=_index(format), compensate=compensate
     )
     return _quantized(outputs, shapes, want, scale)
 
@@ -326,6 +329,8 @@ def quantize_gradient(
     row_factor: Float32[Array, "*b m 1"],
     *,
     format: str,
+    row_floor: Float32[Array, "*b m 1"] | None = None,
+    col_floor: Float32[Array, "*b 1 n"] | None = None,
 ) -> tuple[Array, Float32[Array, "*b m 1"], Array, Float32[Array, "*b 1 n"]]:
     """Quantises a gradient for both of its products in one call.
 
@@ -334,6 +339,9 @@ def quantize_gradient(
         col_factor: multiplies dy for the product that contracts over n.
         row_factor: multiplies dy for the product that contracts over m.
         format: the codes' format.
+        row_floor: what the largest magnitude of each row of ``dy * col_factor`` is at least; see
+            ``quantize_rows``.
+        col_floor: of each column of ``dy * row_factor``, likewise.
 
     Returns:
         Codes [m, n] of ``dy * col_factor`` and their scale a row; codes [n, m] of
@@ -349,7 +357,12 @@ def quantize_gradient(
         _float32(*batch, m + n),  # scratch
     )
     *outputs, _ = _call("jfp4_quantize_gradient", results)(
-        dy, col_factor, row_factor, format=_index(format)
+        dy,
+        col_factor,
+        row_factor,
+        _floor(batch, row_floor),
+        _floor(batch, col_floor),
+        format=_index(format),
     )
     codes, row_scale, codes_t, col_scale = outputs
     return codes, row_scale, codes_t, col_scale
@@ -557,6 +570,12 @@ def _thresholds(
         return absent, absent
     lo, hi = outliers
     return lo[..., None], hi[..., None]
+
+
+def _floor(batch: list[int], amax_floor: Array | None) -> Float32[Array, "*b f"]:
+    if amax_floor is None:
+        return jnp.zeros((*batch, 0), jnp.float32)
+    return amax_floor.reshape(*batch, -1)
 
 
 def _results(

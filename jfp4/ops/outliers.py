@@ -191,7 +191,7 @@ def quantize_compensated(
         As ``quantize``.
     """
     axis = _checked_axis(x, axis, format)
-    (q,) = operands(_compensate, x, axis, lo, hi, format=format, compensate=True)
+    (q,) = operands(_clamped, _compensate, x, axis, lo, hi, format=format, compensate=True)
     return q
 
 
@@ -205,7 +205,13 @@ def quantize_compensated_both(
 ) -> tuple[QTensor, ...]:
     """``quantize_compensated`` and its transpose; see ``quantize_both``."""
     axis = _checked_axis(x, axis, format)
-    return operands(_compensate, x, axis, lo, hi, format=format, compensate=True, both=True)
+    return operands(
+        _clamped, _compensate, x, axis, lo, hi, format=format, compensate=True, both=True
+    )
+
+
+def _clamped(x: Array, lo: Array, hi: Array) -> Float32[Array, "..."]:
+    return clamp(x, lo, hi)[0]
 
 
 def _checked_axis(x: Array, axis: int | None, format: str) -> int | None:

@@ -64,9 +64,9 @@ class Part:
     axes: Mapping[str, Axes]
     scatter: tuple[int, Axes] = (-1, ())
 
-    def divides(self, factor: str) -> Axes:
-        """The mesh axes that divide a factor; none where a device has all of it."""
-        return self.axes.get(factor, ())
+    def divides(self, *factors: str) -> Axes:
+        """The mesh axes that divide these factors; none where a device has all of them."""
+        return tuple(axis for factor in factors for axis in self.axes.get(factor, ()))
 
     def count(self, factor: str) -> int:
         """How many parts a factor is divided into."""
@@ -80,7 +80,7 @@ class Part:
 
     def sum(self, x: Array, *factors: str) -> Array:
         """The sum over all parts of these factors."""
-        axes = tuple(axis for factor in factors for axis in self.divides(factor))
+        axes = self.divides(*factors)
         return lax.psum(x, axes) if axes else x
 
     def reduce(self, x: Array, factor: str, by: "Sums | None" = None) -> Array:

@@ -59,7 +59,7 @@ def quantize(
         ValueError: unknown ``format`` or ``shift``, or an ``axis`` that ``x`` does not have.
     """
     x, axis, offset = _shifted(x, axis, format, shift)
-    (q,) = operands(codes_and_scale, x, axis, format=format, shift=offset, dtype=dtype)
+    (q,) = operands(_bare, codes_and_scale, x, axis, format=format, shift=offset, dtype=dtype)
     return q
 
 
@@ -76,7 +76,11 @@ def quantize_both(
     kernel writes both layouts in one call.
     """
     x, axis, offset = _shifted(x, axis, format, shift)
-    return operands(codes_and_scale, x, axis, format=format, shift=offset, both=True)
+    return operands(_bare, codes_and_scale, x, axis, format=format, shift=offset, both=True)
+
+
+def _bare(x: Float[Array, "..."]) -> Float32[Array, "..."]:
+    return jnp.asarray(x, jnp.float32)
 
 
 def codes_and_scale(
@@ -115,13 +119,18 @@ def quantize_gradient(
         return rows.astype(carrier), row_scale, columns.astype(carrier), col_scale
 
     def kernel(part: Part, dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
-        if part.divides("m") or part.divides("n"):  # it finds the scales itself
-            return xla(part, dy, col_factor, row_factor)
+        # A kernel knows no more of a row or a column than its own part, but can be told.
+        across_rows, across_columns = part.divides("n"), part.divides("m")
+        wide = jnp.asarray(dy, jnp.float32)
+        row_floor = amax_of(wide * col_factor, 1, across_rows) if across_rows else None
+        col_floor = amax_of(wide * row_factor, 0, across_columns) if across_columns else None
         codes, row_scale, codes_t, col_scale = ffi.quantize_gradient(
             kernel_input(dy),
             jnp.broadcast_to(col_factor, (1, dy.shape[1])),
             jnp.broadcast_to(row_factor, (dy.shape[0], 1)),
             format=format,
+            row_floor=row_floor,
+            col_floor=col_floor,
         )
         return codes, row_scale, codes_t.T, col_scale
 
@@ -135,6 +144,7 @@ def quantize_gradient(
 
 
 def operands(
+    bounded: Callable[..., Float32[Array, "..."]],
     xla: Callable[..., tuple[Array, Array]],
     x: Float[Array, "..."],
     axis: int | None,
@@ -151,9 +161,9 @@ def operands(
     write its codes contiguous along ``axis``, which is how products read them.
 
     Args:
-        xla: what computes codes in float32 and scale where no kernel does, from ``x`` and
-            ``outliers``; ``axis``, ``format`` and the mesh axes ``across`` which that axis is
-            divided are passed by name.
+        bounded: of ``x`` and ``outliers``, what is scaled: its largest magnitude is the format's.
+        xla: of the same, codes in float32 and the scale; ``axis``, ``format`` and the mesh axes
+            ``across`` which that axis is divided are passed by name.
         x: what is quantised, the shift taken off.
         axis: as in ``quantize``, counted from the front.
         outliers: clamp thresholds, or none.
@@ -175,14 +185,15 @@ def operands(
     reduced = [name for i, name in enumerate(names) if axis is None or i == axis]
 
     def plain(part: Part, x: Array, *outliers: Array) -> tuple[Array, ...]:
-        across = tuple(axis for name in reduced for axis in part.divides(name))
+        across = part.divides(*reduced)
         codes, scale = xla(x, *outliers, axis=axis, format=format, across=across)
         codes = codes.astype(dtype)
         return (codes, codes.T, scale) if both else (codes, scale)
 
     def kernel(part: Part, x: Array, *outliers: Array) -> tuple[Array, ...]:
-        if any(part.divides(name) for name in reduced):  # it finds the scales itself
-            return plain(part, x, *outliers)
+        across = part.divides(*reduced)
+        # A kernel knows no more of a row or a column than its own part, but can be told.
+        floor = amax_of(bounded(x, *outliers), axis, across) if across else None
         bounds = [jnp.broadcast_to(bound, x.shape[:-2]) for bound in outliers]
         codes, codes_t, _, scale = quantize_by(
             kernel_input(x),
@@ -190,6 +201,7 @@ def operands(
             want=("codes", "codes_t") if both else (single,),
             outliers=(bounds[0], bounds[1]) if bounds else None,
             compensate=compensate,
+            amax_floor=floor,
         )
         if both:
             assert codes is not None and codes_t is not None
@@ -260,19 +272,24 @@ def flush(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
 def scale_of(
     x: Float32[Array, "..."], axis: int | None, format: str, across: Axes = ()
 ) -> Float32[Array, "..."]:
-    """The scale that takes the largest magnitude along ``axis`` to the format's; dims kept.
+    """The scale that takes the largest magnitude along ``axis`` to the format's; dims kept."""
+    f = get_format(format)
+    amax = amax_of(x, axis, across)
+    scale = jnp.maximum(amax * np.float32(1 / f.max), np.float32(f.min_scale))
+    # Not true of NaN or infinity, nor of what would leave the reciprocal subnormal.
+    return jnp.where(amax < 2.0**127, scale, jnp.nan)
+
+
+def amax_of(x: Float32[Array, "..."], axis: int | None, across: Axes = ()) -> Float32[Array, "..."]:
+    """The largest magnitude along ``axis``, or NaN; dims kept.
 
     ``across`` are the mesh axes that divide ``axis``: their devices agree on one.
     """
-    f = get_format(format)
     # As integers, magnitudes sort as they do as floats, with NaN above infinity; the maximum of
     # floats loses NaNs on CPUs once XLA takes it over vectors.
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     bits = jnp.max(bits, axis=axis, keepdims=True, initial=0)
-    amax = lax.bitcast_convert_type(lax.pmax(bits, across) if across else bits, jnp.float32)
-    scale = jnp.maximum(amax * np.float32(1 / f.max), np.float32(f.min_scale))
-    # Not true of NaN or infinity, nor of what would leave the reciprocal subnormal.
-    return jnp.where(amax < 2.0**127, scale, jnp.nan)
+    return lax.bitcast_convert_type(lax.pmax(bits, across) if across else bits, jnp.float32)
 
 
 def reciprocal(scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
