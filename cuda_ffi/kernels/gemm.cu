@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "cuda_ffi/kernels/element.cuh"
 #include "cuda_ffi/kernels/gemm.h"
@@ -34,10 +35,13 @@ constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 64 * 1024);
 
-// A tile's columns: the wide one reads less for each product, the narrow one leaves room for a
-// longer epilogue and wastes less where there are few tiles.
-constexpr int kWide = 192;
+// A tile's columns. The more they are, the less is read for each product; but the more is computed
+// past the end, too, where tiles are few, and the fewer registers are left to the epilogue. The
+// widest have two warpgroups share a tile, so that its epilogue is not hidden.
 constexpr int kNarrow = 128;
+constexpr int kMedium = 160;
+constexpr int kWide = 192;
+constexpr int kJoint = 256;
 
 // The store goes in boxes of 64 rows of 128 bytes.
 constexpr int kStoreBytes = kWgmmaM * 128;
@@ -55,9 +59,9 @@ struct Stage {
 
 // As many stages, and boxes of a warpgroup's store in flight, as fit.
 template <int kBlockN>
-constexpr int kStages = kBlockN == kWide ? 5 : 6;
+constexpr int kStages = kBlockN == kNarrow ? 6 : kBlockN == kJoint ? 4 : 5;
 template <int kBlockN>
-constexpr int kStoreBuffers = kBlockN == kWide ? 1 : 2;
+constexpr int kStoreBuffers = kBlockN == kNarrow || kBlockN == kJoint ? 2 : 1;
 
 template <int kBlockN>
 struct Shared {
@@ -74,7 +78,8 @@ struct Shared {
 };
 template <int kBlockN>
 constexpr int kSharedBytes = sizeof(Shared<kBlockN>) + kAlignment;
-static_assert(kSharedBytes<kWide> <= 227 * 1024 && kSharedBytes<kNarrow> <= 227 * 1024);
+static_assert(std::max({kSharedBytes<kNarrow>, kSharedBytes<kMedium>, kSharedBytes<kWide>,
+                        kSharedBytes<kJoint>}) <= 227 * 1024);
 
 struct Params {
   int batch, m, n, k;
@@ -88,7 +93,7 @@ struct Params {
   Slope slope;
   void* y;
   DType out_type;
-  uint32_t* counter;
+  uint32_t* counter;  // or null, to deal tiles out evenly
   bool bulk_store;
 };
 
@@ -286,7 +291,7 @@ __device__ __forceinline__ uint32_t Cast(DType type, float first, float second) 
 
 // Whether y's rows may be of any length: those of a wide tile leave no registers for it.
 template <int kBlockN>
-constexpr bool kAnyRows = kBlockN != kWide;
+constexpr bool kAnyRows = kBlockN == kNarrow;
 
 // Writes 64 rows of a tile, from first_row on, in boxes of 128 bytes a row.
 template <int kBytes, int kBlockN>
@@ -296,13 +301,16 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
                                       const Sums<kBlockN>& y) {
   constexpr int kBuffers = kStoreBuffers<kBlockN>;
   constexpr int kBoxCols = 128 / kBytes;
-  constexpr int kBoxes = kBlockN / kBoxCols;
+  constexpr int kBoxes = (kBlockN + kBoxCols - 1) / kBoxCols;
   // Buffers come in the same order in every call.
-  static_assert(kBlockN % kBoxCols == 0 && kBoxCols % 16 == 0 && kBoxes % kBuffers == 0);
+  static_assert(kBlockN % 16 == 0 && kBoxCols % 16 == 0 && kBoxes % kBuffers == 0);
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
 #pragma unroll
   for (int box = 0; box < kBoxes; ++box) {
+    // The last box may reach back over columns that are written already, with the same values.
+    constexpr int kLast = kBlockN - kBoxCols;
+    const int box_col = box * kBoxCols < kLast ? box * kBoxCols : kLast;
     uint8_t* buffer = buffers[box % kBuffers];
     if (thread == 0) TensorStoreWaitRead<kBuffers - 1>();
     NamedBarrier(barrier, kWarpgroup);
@@ -315,7 +323,7 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
     asm volatile("" : "+r"(warp_row));
 #pragma unroll
     for (int j = 0; j < kBoxCols / 8; j += 2) {
-      const float* sums = y + (box * kBoxCols / 8 + j) * 4;
+      const float* sums = y + (box_col / 8 + j) * 4;
       if constexpr (kBytes == 2) {
         uint32_t pairs[4];
 #pragma unroll
@@ -330,7 +338,7 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
         }
       }
     }
-    const int first_col = tile.col + box * kBoxCols;
+    const int first_col = tile.col + box_col;
     if (!kAnyRows<kBlockN> || p.bulk_store) {
       FenceAsyncProxy();
       NamedBarrier(barrier, kWarpgroup);
@@ -361,8 +369,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     GemmKernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
                const __grid_constant__ CUtensorMap y_map, const Params p) {
   // A warpgroup's share of the tiles, and of a tile: every second one whole, or half of every one.
-  constexpr int kTurns = kPromote ? 1 : kConsumers;
-  constexpr int kHalves = kPromote ? 1 : kBlockM / kWgmmaM;
+  constexpr int kTurns = kPromote || kBlockN == kJoint ? 1 : kConsumers;
+  constexpr int kHalves = kTurns == 1 ? 1 : kBlockM / kWgmmaM;
   constexpr int kSharers = kConsumers / kTurns;  // warpgroups of a tile
   constexpr int kWarps = kWarpgroup / kWarp;
 
@@ -441,6 +449,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         }
         if (index >= schedule.total) {
           ++ends;
+        } else if (p.counter == nullptr) {
+          index += clusters;
         } else {
           index = clusters + static_cast<int>(atomicAdd(p.counter, 1));
         }
@@ -449,11 +459,11 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   } else {
     RegistersIncrease<kConsumerRegisters>();
     const int warp_row = threadIdx.x % kWarpgroup / kWarp * 16 + lane / 4;
-    const int first = kPromote ? 0 : warpgroup;  // of the tiles that it takes
+    const int first = kTurns == 1 ? 0 : warpgroup;  // of the tiles that it takes
     // A warpgroup begins a tile when the other has seen all of the tile before arrive. Only then do
     // the parities of the full stages tell the phase it waits for from the one before the last.
     int turn_parity = first == 0 ? 1 : 0;
-    const int block_row = kPromote ? warpgroup * kWgmmaM : 0;
+    const int block_row = kTurns == 1 ? warpgroup * kWgmmaM : 0;
     auto release = [&](int stage) {
       if (lane < kCluster) BarrierArriveRemote(&shared.empty[stage], lane);
     };
@@ -515,7 +525,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
           last = ring.stage;
         }
       }
-      if constexpr (kTurns > 1) {
+      if constexpr (!kPromote) {
         WgmmaWait<0>();
         release(last);
         // Over the steps of the other warpgroup's tile.
@@ -554,6 +564,10 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 
 int OutBytes(DType type) { return type == DType::kF32 ? 4 : 2; }
 
+// Up to so many tiles a cluster, none gets far enough ahead of the others for it to pay to zero the
+// counter.
+constexpr int kFewTurns = 6;
+
 // Whether y's rows are multiples of 16 bytes, as the copy engine wants them.
 bool HasBulkRows(const Gemm& g) {
   return g.n * OutBytes(g.out_type) % 16 == 0 && reinterpret_cast<uintptr_t>(g.y) % 16 == 0;
@@ -561,6 +575,8 @@ bool HasBulkRows(const Gemm& g) {
 
 template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
 cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
+  const int tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
+  const bool deals = tiles <= kFewTurns * clusters;
   const Params p{
       static_cast<int>(g.batch),
       static_cast<int>(g.m),
@@ -577,7 +593,7 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
       g.slope,
       g.y,
       g.out_type,
-      g.counter,
+      deals ? nullptr : g.counter,
       HasBulkRows(g)};
   CUtensorMap a_map, b_map, y_map{};
   cudaError_t status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m,
@@ -595,29 +611,39 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
                            CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
   }
-  status = cudaMemsetAsync(p.counter, 0, sizeof(*p.counter), stream);
-  if (status != cudaSuccess) return status;
+  if (p.counter != nullptr) {
+    status = cudaMemsetAsync(p.counter, 0, sizeof(*p.counter), stream);
+    if (status != cudaSuccess) return status;
+  }
   auto kernel = GemmKernel<kBlockN, kAE5M2, kBE5M2, kPromote, kSlope>;
   constexpr int kBytes = kSharedBytes<kBlockN>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  clusters = std::min(clusters, Schedule<kBlockN>(p.batch, p.m, p.n).total);
+  clusters = std::min(clusters, tiles);
   kernel<<<clusters * kCluster, kThreads, kBytes, stream>>>(a_map, b_map, y_map, p);
   return cudaGetLastError();
 }
 
-// Columns that a cluster computes, one tile after the other, where they are dealt out evenly.
+// About how long a product takes with tiles of this width: columns that a cluster computes one after
+// the other, in units of a column of a wide tile. The factors were measured on products that fill
+// the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k.
 template <int kBlockN>
-int64_t ColumnsInTurn(const Gemm& g, int clusters) {
-  const int64_t total = Schedule<kBlockN>(g.batch, g.m, g.n).total;
-  return (total + clusters - 1) / clusters * kBlockN;
+float Cost(const Gemm& g, int clusters) {
+  const int64_t tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
+  const float factor = kBlockN == kNarrow   ? 1.1f
+                       : kBlockN == kMedium ? 1.03f
+                       : kBlockN == kWide   ? 1.0f
+                                            : 0.97f + 400.0f / g.k;
+  return (tiles + clusters - 1) / clusters * kBlockN * factor;
 }
 
-// Whether to take wide tiles: a column of a narrow one takes about a tenth longer, but there may be
-// fewer in turn where tiles are few.
-bool TakesWide(const Gemm& g, int clusters) {
-  if (!HasBulkRows(g)) return false;
-  return ColumnsInTurn<kWide>(g, clusters) * 10 <= ColumnsInTurn<kNarrow>(g, clusters) * 11;
+int ChooseWidth(const Gemm& g, int clusters) {
+  if (g.promote || g.slope.w != nullptr || !HasBulkRows(g)) return kNarrow;
+  const auto cheapest = std::min({std::pair(Cost<kNarrow>(g, clusters), kNarrow),
+                                  std::pair(Cost<kMedium>(g, clusters), kMedium),
+                                  std::pair(Cost<kWide>(g, clusters), kWide),
+                                  std::pair(Cost<kJoint>(g, clusters), kJoint)});
+  return cheapest.second;
 }
 
 }  // namespace
@@ -634,22 +660,28 @@ cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
   const int clusters = sms / kCluster;
-  auto choose = [&](auto block_n, auto promote, auto slope) {
-    constexpr bool kPromote = promote(), kSlope = slope();
+  auto launch = [&](auto block_n, auto promote, auto slope) {
     constexpr int kBlockN = block_n();
-    auto launch = g.a_e5m2   ? Launch<kBlockN, true, false, kPromote, kSlope>
-                  : g.b_e5m2 ? Launch<kBlockN, false, true, kPromote, kSlope>
-                             : Launch<kBlockN, false, false, kPromote, kSlope>;
-    return launch(g, clusters, stream);
+    constexpr bool kPromote = promote(), kSlope = slope();
+    auto of_types = g.a_e5m2   ? Launch<kBlockN, true, false, kPromote, kSlope>
+                    : g.b_e5m2 ? Launch<kBlockN, false, true, kPromote, kSlope>
+                               : Launch<kBlockN, false, false, kPromote, kSlope>;
+    return of_types(g, clusters, stream);
   };
-  using Narrow = std::integral_constant<int, kNarrow>;
-  using Wide = std::integral_constant<int, kWide>;
   using No = std::false_type;
   using Yes = std::true_type;
+  switch (ChooseWidth(g, clusters)) {
+    case kMedium:
+      return launch(std::integral_constant<int, kMedium>(), No(), No());
+    case kWide:
+      return launch(std::integral_constant<int, kWide>(), No(), No());
+    case kJoint:
+      return launch(std::integral_constant<int, kJoint>(), No(), No());
+  }
+  const std::integral_constant<int, kNarrow> narrow;
   const bool slope = g.slope.w != nullptr;
-  if (g.promote) return slope ? choose(Narrow(), Yes(), Yes()) : choose(Narrow(), Yes(), No());
-  if (slope) return choose(Narrow(), No(), Yes());
-  return TakesWide(g, clusters) ? choose(Wide(), No(), No()) : choose(Narrow(), No(), No());
+  if (g.promote) return slope ? launch(narrow, Yes(), Yes()) : launch(narrow, Yes(), No());
+  return slope ? launch(narrow, No(), Yes()) : launch(narrow, No(), No());
 }
 
 }  // namespace jfp4
