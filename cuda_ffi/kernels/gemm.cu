@@ -153,17 +153,17 @@ using Type = std::integral_constant<DType, kType>;
 template <int kBlockN>
 using Sums = float[kBlockN / 2];
 
-// Scales, rank terms and bias, in FP32 and in this order. Register 4 j + 2 h + c is row row + 8 h
-// and column col + 8 j + c.
-template <int kBlockN>
+// Scales, rank terms and bias, in FP32 and in this order. Register 4 j + 2 h + c of half i is row
+// row + 64 i + 8 h and column col + 8 j + c.
+template <int kBlockN, int kHalves>
 __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int col,
-                                       Sums<kBlockN>& y) {
-  constexpr int kRows = 2;
+                                       Sums<kBlockN> (&y)[kHalves]) {
+  constexpr int kRows = 2 * kHalves;
   const int64_t first_row = int64_t{batch} * p.m, first_col = int64_t{batch} * p.n + col;
   auto of_rows = [&](const float* values, int64_t stride, float (&out)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t in_range = min(row + 8 * r, p.m - 1);
+      const int64_t in_range = min(row + r / 2 * kWgmmaM + r % 2 * 8, p.m - 1);
       out[r] = values[(first_row + in_range) * stride];
     }
   };
@@ -204,7 +204,7 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
               [&](int j, int c, float scale) {
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) {
-                  float& sum = y[4 * j + 2 * r + c];
+                  float& sum = y[r / 2][4 * j + r % 2 * 2 + c];
                   sum = __fmul_rn(__fmul_rn(sum, of_row[r]), scale);
                 }
               });
@@ -221,7 +221,7 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
     for_columns(values, true, 0, [&](int j, int c, float value) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        float& sum = y[4 * j + 2 * r + c];
+        float& sum = y[r / 2][4 * j + r % 2 * 2 + c];
         sum = __fadd_rn(sum, __fmul_rn(of_row[r], value));
       }
     });
@@ -531,22 +531,23 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         // Over the steps of the other warpgroup's tile.
         ring.Advance((kTurns - 1) * k_blocks);
       }
+      const int row = tile.row + block_row + warp_row, col = tile.col + 2 * (lane % 4);
+      Finish<kBlockN>(p, tile.batch, row, col, sums);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        const int first_row = tile.row + block_row + half * kWgmmaM;
-        const int row = first_row + warp_row, col = tile.col + 2 * (lane % 4);
-        Finish<kBlockN>(p, tile.batch, row, col, sums[half]);
         if constexpr (kSlope) {  // its registers would be every other product's too
           auto multiply = [&](auto type) {
-            MultiplyBySlope<decltype(type)::value, kBlockN>(p, tile.batch, row, col, sums[half]);
+            MultiplyBySlope<decltype(type)::value, kBlockN>(p, tile.batch, row + half * kWgmmaM,
+                                                            col, sums[half]);
           };
           if (p.slope.type == DType::kBF16) multiply(Type<DType::kBF16>());
           if (p.slope.type == DType::kF16) multiply(Type<DType::kF16>());
           if (p.slope.type == DType::kF32) multiply(Type<DType::kF32>());
         }
         auto store = [&](auto bytes) {
-          Store<decltype(bytes)::value, kBlockN>(p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
-                                                 first_row, sums[half]);
+          Store<decltype(bytes)::value, kBlockN>(
+              p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
+              tile.row + block_row + half * kWgmmaM, sums[half]);
         };
         if (p.out_type == DType::kF32) {
           store(std::integral_constant<int, 4>());
