@@ -625,26 +625,30 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+bool HasSlope(const Gemm& g) { return g.slope.w != nullptr; }
+
 // About how long a product takes with tiles of this width: columns that a cluster computes one after
 // the other, in units of a column of a wide tile. The factors were measured on products that fill
-// the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k.
+// the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k, twice that with a slope.
 template <int kBlockN>
 float Cost(const Gemm& g, int clusters) {
   const int64_t tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
   const float factor = kBlockN == kNarrow   ? 1.1f
                        : kBlockN == kMedium ? 1.03f
                        : kBlockN == kWide   ? 1.0f
-                                            : 0.97f + 400.0f / g.k;
+                                            : 0.97f + (HasSlope(g) ? 800.0f : 400.0f) / g.k;
   return (tiles + clusters - 1) / clusters * kBlockN * factor;
 }
 
 int ChooseWidth(const Gemm& g, int clusters) {
-  if (g.promote || g.slope.w != nullptr || !HasBulkRows(g)) return kNarrow;
-  const auto cheapest = std::min({std::pair(Cost<kNarrow>(g, clusters), kNarrow),
-                                  std::pair(Cost<kMedium>(g, clusters), kMedium),
-                                  std::pair(Cost<kWide>(g, clusters), kWide),
-                                  std::pair(Cost<kJoint>(g, clusters), kJoint)});
-  return cheapest.second;
+  if (g.promote || !HasBulkRows(g)) return kNarrow;
+  const std::pair narrow(Cost<kNarrow>(g, clusters), kNarrow);
+  const std::pair joint(Cost<kJoint>(g, clusters), kJoint);
+  // Those between have no registers left for a slope.
+  if (HasSlope(g)) return std::min(narrow, joint).second;
+  return std::min({narrow, joint, std::pair(Cost<kMedium>(g, clusters), kMedium),
+                   std::pair(Cost<kWide>(g, clusters), kWide)})
+      .second;
 }
 
 }  // namespace
@@ -671,17 +675,20 @@ cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   };
   using No = std::false_type;
   using Yes = std::true_type;
+  const std::integral_constant<int, kNarrow> narrow;
+  const std::integral_constant<int, kMedium> medium;
+  const std::integral_constant<int, kWide> wide;
+  const std::integral_constant<int, kJoint> joint;
+  const bool slope = HasSlope(g);
+  if (g.promote) return slope ? launch(narrow, Yes(), Yes()) : launch(narrow, Yes(), No());
   switch (ChooseWidth(g, clusters)) {
     case kMedium:
-      return launch(std::integral_constant<int, kMedium>(), No(), No());
+      return launch(medium, No(), No());
     case kWide:
-      return launch(std::integral_constant<int, kWide>(), No(), No());
+      return launch(wide, No(), No());
     case kJoint:
-      return launch(std::integral_constant<int, kJoint>(), No(), No());
+      return slope ? launch(joint, No(), Yes()) : launch(joint, No(), No());
   }
-  const std::integral_constant<int, kNarrow> narrow;
-  const bool slope = g.slope.w != nullptr;
-  if (g.promote) return slope ? launch(narrow, Yes(), Yes()) : launch(narrow, Yes(), No());
   return slope ? launch(narrow, No(), Yes()) : launch(narrow, No(), No());
 }
 
