@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import report_kernels, train_step
+from benchmarks import report_kernels, report_meshes, train_step
 from benchmarks.provenance import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -30,6 +30,7 @@ def main() -> int:
     cpus = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("run-*.json"))]
     steps = next((json.loads(p.read_text()) for p in RESULTS.glob("train_step-*.json")), None)
+    meshes = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mesh-*.json"))]
     scaling = json.loads((RESULTS / "scaling.json").read_text())
     kernels = report_kernels.load()
     tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels)}
@@ -37,7 +38,10 @@ def main() -> int:
     wanted = {
         DOC: document(loss, cpus, runs, steps),
         README: fill(README.read_text(), tables),
-        SCALING: fill(SCALING.read_text(), {"scaling": scaling_tables(scaling)}),
+        SCALING: fill(
+            SCALING.read_text(),
+            {"mesh": report_meshes.measured(meshes), "scaling": scaling_tables(scaling)},
+        ),
         KERNELS: fill(KERNELS.read_text(), measured),
     }
     if "--check" in sys.argv[1:]:

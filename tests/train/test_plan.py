@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from train.config import TrainConfig
 from train.plan import (
     GIB,
     Plan,
+    compiler_options,
     device_memory,
     estimated_activations,
     kept_bytes,
@@ -156,3 +158,16 @@ def test_memory_of_this_machine():
     assert total > 2**28 and name
     array = np.ones(2**20)
     assert peak_bytes() >= array.nbytes
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "overlapped"),
+    [("gpu", 1, False), ("gpu", 2, True), ("cpu", 2, False), ("tpu", 2, False)],
+)
+def test_what_is_sent_goes_on_beside_what_is_computed_on_meshes_of_gpus(platform, size, overlapped):
+    devices = np.array([SimpleNamespace(platform=platform)] * size, object)
+    placement = SimpleNamespace(mesh=SimpleNamespace(size=size, devices=devices))
+    overlap = {"xla_gpu_enable_latency_hiding_scheduler": True} if overlapped else {}
+    assert compiler_options(TrainConfig(), placement) == overlap
+    exact = {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert compiler_options(TrainConfig(deterministic=True), placement) == exact | overlap
