@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import report_kernels, report_meshes, train_step
+from benchmarks import report_kernels, report_meshes, report_runs, train_step
 from benchmarks.provenance import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -29,6 +29,7 @@ def main() -> int:
     loss = json.loads((RESULTS / "loss.json").read_text())
     cpus = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("run-*.json"))]
+    resumed = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("resume-*.json"))]
     steps = next((json.loads(p.read_text()) for p in RESULTS.glob("train_step-*.json")), None)
     meshes = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mesh-*.json"))]
     scaling = json.loads((RESULTS / "scaling.json").read_text())
@@ -36,7 +37,7 @@ def main() -> int:
     tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels)}
     measured = {"measurements": report_kernels.measurements(kernels)}
     wanted = {
-        DOC: document(loss, cpus, runs, steps),
+        DOC: document(loss, cpus, runs, resumed, steps),
         README: fill(README.read_text(), tables),
         SCALING: fill(
             SCALING.read_text(),
@@ -70,6 +71,7 @@ def document(
     loss: dict[str, Any],
     cpus: list[dict[str, Any]],
     runs: list[dict[str, Any]],
+    resumed: list[dict[str, Any]],
     steps: dict[str, Any] | None,
 ) -> str:
     """The whole of docs/results.md."""
@@ -106,42 +108,9 @@ steps, past the first tenth, whose gradient norm exceeded the clipping threshold
 
 {lessons(loss)}
 
-{train_steps(steps)}{large_runs(runs)}## CPU
+{train_steps(steps)}{report_runs.large(runs)}{report_runs.resumed(resumed)}## CPU
 
 {cpu_tables(cpus)}
-"""
-
-
-def large_runs(runs: list[dict[str, Any]]) -> str:
-    """A section on models that fill a GPU; nothing where none was run."""
-    if not runs:
-        return ""
-    rows = [
-        [
-            f"{run['model']}, {run['recipe']}",
-            run["device"],
-            "{master}, {first_moment}, {second_moment}".format(**run["optimizer"]),
-            run["remat"],
-            "scanned" if run["scan_layers"] else "written out",
-            " x ".join(str(n) for n in run["batch_size, seq_len"]),
-            f"{run['tokens_per_s']:,.0f}",
-            f"{run['peak_bytes'] / 2**30:.1f}",
-            f"{run['planned_bytes'] / run['peak_bytes'] - 1:+.2%}",
-            f"{len(run['loss'])}",
-            f"{run['loss'][0]:.2f} to {run['loss'][-1]:.2f}",
-        ]
-        for run in runs
-    ]
-    head = ["run", "device", "weights, moments", "remat", "layers", "tokens a step", "tokens/s",
-            "peak GiB", "plan, off by", "steps", "loss"]  # fmt: skip
-    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
-    return f"""## Large models on one GPU
-
-Whole models, by `python -m train.main`; few steps, which tell speed and memory, not quality. Commit
-{commits}.
-
-{_markdown(head, rows)}
-
 """
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -24,6 +27,8 @@ from train.plan import (
     peak_bytes,
 )
 from train.step import Trainer
+
+ROOT = Path(__file__).parents[2]
 
 
 def number_of_parameters(llama):
@@ -171,3 +176,12 @@ def test_what_is_sent_goes_on_beside_what_is_computed_on_meshes_of_gpus(platform
     assert compiler_options(TrainConfig(), placement) == overlap
     exact = {"xla_gpu_exclude_nondeterministic_ops": True}
     assert compiler_options(TrainConfig(deterministic=True), placement) == exact | overlap
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there getrusage tells a process of its own")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    held = np.ones(2**29, np.uint8)  # and getrusage of a child says so
+    program = "from train.plan import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 2**20 < int(done.stdout) < held.nbytes
