@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import psutil
+from orbax.checkpoint._src.metadata.array_metadata_store import Store  # exported nowhere
 
 from train.config import CheckpointConfig
 from train.errors import UserError
@@ -143,7 +144,7 @@ class _InParts(ocp.type_handlers.ArrayHandler):
 
     def __init__(self, most: int) -> None:
         """Sets the limit, ``most`` bytes; an array that is larger is a part by itself."""
-        super().__init__()
+        super().__init__(array_metadata_store=Store())  # as orbax's own handler of arrays
         self._most = most
 
     async def serialize(
