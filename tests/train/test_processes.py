@@ -160,7 +160,7 @@ def test_killed_in_a_save_the_others_stop_and_the_bits_go_on(group, two, tmp_pat
 @pytest.mark.slow
 def test_sigterm_to_one_of_four_saves_on_all_and_one_goes_on_elsewhere(group, two, tmp_path):
     run_dir = tmp_path / "run"
-    with ended(group.start(4, run_dir)) as running:
+    with ended(group.start(4, run_dir, "--checkpoint.host_gib=0.00001")) as running:
         lines = iter(running[0].stdout.readline, "")
         said = list(itertools.takewhile(lambda line: not line.startswith("step 5/"), lines))
         assert running[0].poll() is None, "".join(said)
