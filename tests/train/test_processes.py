@@ -52,8 +52,8 @@ sys.exit(main(sys.argv[2:]))
 class Group:
     """Starts processes that share four devices, and sees to their end."""
 
-    def __init__(self, cache, text):
-        self.cache, self.text = cache, text
+    def __init__(self, compiled, text):
+        self.compiled, self.text = compiled, text
 
     def start(self, processes, run_dir, *flags, killed_at=None):
         """Starts them; of the last one, ``killed_at`` is the checkpoint in which it dies."""
@@ -70,8 +70,7 @@ class Group:
         ]
 
     def _start(self, *flags, devices, killed_at):
-        environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+        environment = self.compiled | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(ROOT),
         }
