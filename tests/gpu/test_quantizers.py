@@ -181,7 +181,7 @@ def test_gradients_of_every_format_and_dtype(backend, poisoned, format, dtype):
 
 
 def amax_of(x, axis):
-    """The largest magnitudes along an axis, NaN if there is one: what a part is told of the rest."""
+    """The largest magnitudes along an axis, NaN if there is one: what a part hears of the rest."""
     return np.max(np.abs(ref.to_float32(x)), axis=axis, keepdims=True, initial=0)
 
 
