@@ -30,7 +30,7 @@ RECIPES = ("bf16", "fp8", "fp4")
 PARTS: dict[str, str] = {
     "optimizer": r"op:.*\boptimizer\b|kernel:.*AdamW",
     "attention": r"kernel:.*(fmha|flash|sdpa|cudnn)",
-    "quantise": r"kernel:.*(RowsKernel|TransposeKernel|\w*AmaxKernel|\w*TileKernel|"
+    "quantise": r"kernel:.*(RowsKernel|TransposeKernel|StripKernel|\w*AmaxKernel|\w*TileKernel|"
     r"ThresholdsKernel|Any\w*Kernel)",
     "GeMM": r"kernel:.*(GemmKernel|gemm|nvjet|cutlass|cublas)",
 }
