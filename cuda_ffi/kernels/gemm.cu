@@ -91,6 +91,7 @@ struct Params {
   int rank;
   const float* bias;
   Slope slope;
+  bool slope_aligned;  // whether pairs in its rows are, to their size
   void* y;
   DType out_type;
   uint32_t* counter;  // or null, to deal tiles out evenly
@@ -228,53 +229,88 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
   }
 }
 
-// Columns `first` and `second` of the row that starts at `row`. Where pairs are aligned, that is
-// one load: `first` is even, or both are the last column and not used.
+// Two neighbouring elements of w, as they lie in memory: 16 bits each in a word, or a float each.
 template <DType kType>
-__device__ __forceinline__ float2 LoadPair(const void* w, int64_t row, int first, int second,
-                                           bool aligned) {
-  if (!aligned) return {LoadElement(w, kType, row + first), LoadElement(w, kType, row + second)};
-  const int64_t pair = (row + first) / 2;
-  if constexpr (kType == DType::kF32) {
-    return static_cast<const float2*>(w)[pair];
+using Pair = std::conditional_t<kType == DType::kF32, float2, uint32_t>;
+
+// The pair at `at`; where rows are of odd length an element at a time. Past the end of its row, which
+// `last` is, it is not used.
+template <DType kType, bool kAligned>
+__device__ __forceinline__ Pair<kType> LoadPair(const void* w, int64_t at, bool last) {
+  if constexpr (kAligned) {
+    return static_cast<const Pair<kType>*>(w)[at / 2];
+  } else if constexpr (kType == DType::kF32) {
+    const float* from = static_cast<const float*>(w) + at;
+    return {from[0], last ? 0 : from[1]};
   } else {
-    const uint32_t word = static_cast<const uint32_t*>(w)[pair];
-    return {Word<kType>::Get(word, 0), Word<kType>::Get(word, 1)};
+    const uint16_t* from = static_cast<const uint16_t*>(w) + at;
+    return from[0] | (last ? 0u : uint32_t{from[1]} << 16);
+  }
+}
+
+template <DType kType>
+__device__ __forceinline__ float2 Unpack(Pair<kType> pair) {
+  if constexpr (kType == DType::kF32) {
+    return pair;
+  } else {
+    return {Word<kType>::Get(pair, 0), Word<kType>::Get(pair, 1)};
+  }
+}
+
+// Has the rows of w that a tile's slope needs brought into L2, before its products begin.
+__device__ __forceinline__ void PrefetchSlope(const Params& p, const Tile& tile, int cols) {
+  constexpr int kLine = 128;
+  const int row = tile.row + threadIdx.x % kWarpgroup;
+  static_assert(kBlockM == kWarpgroup);
+  if (row >= p.m) return;
+  const int bytes = ElementBytes(p.slope.type);
+  const char* from = static_cast<const char*>(p.slope.w) +
+                     ((int64_t{tile.batch} * p.m + row) * p.n + tile.col) * bytes;
+  const int length = min(cols, p.n - tile.col) * bytes;
+  for (int i = 0; i < length; i += kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
   }
 }
 
 // Multiplies by the estimator's slope; indices as in Finish.
-template <DType kType, int kBlockN>
+template <DType kType, bool kAligned, int kBlockN, int kHalves>
 __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int row, int col,
-                                                Sums<kBlockN>& sums) {
-  constexpr int kRows = 2;
-  constexpr int kInFlight = 4;  // column pairs whose loads go out together
+                                                Sums<kBlockN> (&sums)[kHalves]) {
+  constexpr int kRows = 2 * kHalves;
+  // Pairs of a row that are loaded together, as far as there are registers.
+  constexpr int kInFlight = (kBlockN == kNarrow ? 8 : 4) / (kType == DType::kF32 ? 2 : 1);
+  static_assert(kBlockN / 8 % kInFlight == 0);
   const Slope& slope = p.slope;
-  // Pairs that lie past an edge are read inside it and multiply what is not stored.
-  const bool aligned = p.n % 2 == 0 && reinterpret_cast<uintptr_t>(slope.w) % sizeof(float2) == 0;
   const float* scales = slope.scale + batch * slope.scale_size;
+  const bool single = slope.scale_size == 1;
+  // What lies past an edge is read inside it and multiplies what is not stored.
+  int64_t rows[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int in_range = min(row + r / 2 * kWgmmaM + r % 2 * 8, p.m - 1);
+    rows[r] = (int64_t{batch} * p.m + in_range) * p.n;
+  }
 #pragma unroll
   for (int first = 0; first < kBlockN / 8; first += kInFlight) {
-    float2 w[kInFlight][kRows], inverse[kInFlight];
+    Pair<kType> w[kInFlight][kRows];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int x = min(col + 8 * (first + i), p.n - 1), y = min(x + 1, p.n - 1);
+      const int x = min(col + 8 * (first + i), kAligned ? p.n - 2 : p.n - 1);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t in_range = min(row + 8 * r, p.m - 1);
-        w[i][r] = LoadPair<kType>(slope.w, (int64_t{batch} * p.m + in_range) * p.n, x, y, aligned);
+        w[i][r] = LoadPair<kType, kAligned>(slope.w, rows[r] + x, x == p.n - 1);
       }
-      const bool single = slope.scale_size == 1;
-      inverse[i] = {__frcp_rn(scales[single ? 0 : x]), __frcp_rn(scales[single ? 0 : y])};
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
+      const int x = min(col + 8 * (first + i), p.n - 1), y = min(x + 1, p.n - 1);
+      const float2 inverse = {__frcp_rn(scales[single ? 0 : x]), __frcp_rn(scales[single ? 0 : y])};
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        float* pair = sums + 4 * (first + i) + 2 * r;
-        const float2 v = {__fmul_rn(w[i][r].x, inverse[i].x), __fmul_rn(w[i][r].y, inverse[i].y)};
-        pair[0] = __fmul_rn(pair[0], SlopeAt(v.x, slope.k, slope.cap));
-        pair[1] = __fmul_rn(pair[1], SlopeAt(v.y, slope.k, slope.cap));
+        float* pair = sums[r / 2] + 4 * (first + i) + r % 2 * 2;
+        const float2 v = Unpack<kType>(w[i][r]);
+        pair[0] = __fmul_rn(pair[0], SlopeAt(__fmul_rn(v.x, inverse.x), slope.k, slope.cap));
+        pair[1] = __fmul_rn(pair[1], SlopeAt(__fmul_rn(v.y, inverse.y), slope.k, slope.cap));
       }
     }
     asm volatile("" : "+r"(col)::"memory");  // keeps the next loads out of these registers
@@ -406,8 +442,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   auto next_tile = [&](int turn) {
     const int slot = turn % kConsumers;
     BarrierWait(&shared.next_full[slot], turn / kConsumers & 1);
-    const int index = *const_cast<volatile uint32_t*>(&shared.next[slot]);
-    __syncwarp();
+    // Shuffled, so that the read is done when the place is given up: an arrival waits for no load.
+    const int index = __shfl_sync(~0u, LoadShared(&shared.next[slot]), 0);
     if (lane == 0) BarrierArriveRemote(&shared.next_empty[slot], 0);
     return index;
   };
@@ -473,6 +509,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       const int index = next_tile(turn);
       if (index >= schedule.total) break;
       const Tile tile = schedule[index];
+      if constexpr (kSlope) PrefetchSlope(p, tile, kBlockN);
       Sums<kBlockN> sums[kHalves];
       if constexpr (kPromote) {
 #pragma unroll
@@ -533,17 +570,24 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       }
       const int row = tile.row + block_row + warp_row, col = tile.col + 2 * (lane % 4);
       Finish<kBlockN>(p, tile.batch, row, col, sums);
+      if constexpr (kSlope) {  // its registers would be every other product's too
+        auto multiply = [&](auto type, auto aligned) {
+          MultiplyBySlope<decltype(type)::value, decltype(aligned)::value, kBlockN>(
+              p, tile.batch, row, col, sums);
+        };
+        auto of_type = [&](auto type) {
+          if (p.slope_aligned) {
+            multiply(type, std::true_type());
+          } else {
+            multiply(type, std::false_type());
+          }
+        };
+        if (p.slope.type == DType::kBF16) of_type(Type<DType::kBF16>());
+        if (p.slope.type == DType::kF16) of_type(Type<DType::kF16>());
+        if (p.slope.type == DType::kF32) of_type(Type<DType::kF32>());
+      }
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        if constexpr (kSlope) {  // its registers would be every other product's too
-          auto multiply = [&](auto type) {
-            MultiplyBySlope<decltype(type)::value, kBlockN>(p, tile.batch, row + half * kWgmmaM,
-                                                            col, sums[half]);
-          };
-          if (p.slope.type == DType::kBF16) multiply(Type<DType::kBF16>());
-          if (p.slope.type == DType::kF16) multiply(Type<DType::kF16>());
-          if (p.slope.type == DType::kF32) multiply(Type<DType::kF32>());
-        }
         auto store = [&](auto bytes) {
           Store<decltype(bytes)::value, kBlockN>(
               p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
@@ -592,6 +636,7 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
       static_cast<int>(g.rank),
       g.bias,
       g.slope,
+      g.n % 2 == 0 && reinterpret_cast<uintptr_t>(g.slope.w) % sizeof(float2) == 0,
       g.y,
       g.out_type,
       deals ? nullptr : g.counter,
@@ -629,26 +674,25 @@ bool HasSlope(const Gemm& g) { return g.slope.w != nullptr; }
 
 // About how long a product takes with tiles of this width: columns that a cluster computes one after
 // the other, in units of a column of a wide tile. The factors were measured on products that fill
-// the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k, twice that with a slope.
+// the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k.
 template <int kBlockN>
 float Cost(const Gemm& g, int clusters) {
   const int64_t tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
   const float factor = kBlockN == kNarrow   ? 1.1f
                        : kBlockN == kMedium ? 1.03f
                        : kBlockN == kWide   ? 1.0f
-                                            : 0.97f + (HasSlope(g) ? 800.0f : 400.0f) / g.k;
+                                            : 0.97f + 400.0f / g.k;
   return (tiles + clusters - 1) / clusters * kBlockN * factor;
 }
 
 int ChooseWidth(const Gemm& g, int clusters) {
   if (g.promote || !HasBulkRows(g)) return kNarrow;
-  const std::pair narrow(Cost<kNarrow>(g, clusters), kNarrow);
-  const std::pair joint(Cost<kJoint>(g, clusters), kJoint);
-  // Those between have no registers left for a slope.
-  if (HasSlope(g)) return std::min(narrow, joint).second;
-  return std::min({narrow, joint, std::pair(Cost<kMedium>(g, clusters), kMedium),
-                   std::pair(Cost<kWide>(g, clusters), kWide)})
-      .second;
+  const auto hidden = std::min({std::pair(Cost<kNarrow>(g, clusters), kNarrow),
+                                std::pair(Cost<kMedium>(g, clusters), kMedium),
+                                std::pair(Cost<kWide>(g, clusters), kWide)});
+  // An epilogue with a slope is too long to be shown.
+  if (HasSlope(g)) return hidden.second;
+  return std::min(hidden, std::pair(Cost<kJoint>(g, clusters), kJoint)).second;
 }
 
 }  // namespace
@@ -683,11 +727,11 @@ cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   if (g.promote) return slope ? launch(narrow, Yes(), Yes()) : launch(narrow, Yes(), No());
   switch (ChooseWidth(g, clusters)) {
     case kMedium:
-      return launch(medium, No(), No());
+      return slope ? launch(medium, No(), Yes()) : launch(medium, No(), No());
     case kWide:
-      return launch(wide, No(), No());
+      return slope ? launch(wide, No(), Yes()) : launch(wide, No(), No());
     case kJoint:
-      return slope ? launch(joint, No(), Yes()) : launch(joint, No(), No());
+      return launch(joint, No(), No());
   }
   return slope ? launch(narrow, No(), Yes()) : launch(narrow, No(), No());
 }

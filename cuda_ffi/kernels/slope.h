@@ -29,20 +29,29 @@ struct Slope {
 // the cap does not hold, the result is within 2^-20 of its own size.
 JFP4_HOST_DEVICE float SlopeAt(float v, float k, float cap) {
   constexpr float kMax = 6;  // past it the end of the last interval counts
+  const float inverse = 1 / k;
+#ifdef __CUDA_ARCH__
+  // Every instruction counts: a product's epilogue computes this for each of its elements. What is
+  // subnormal may be flushed, since the cap holds there.
+  float magnitude, distance, power, slope;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(magnitude) : "f"(std::fabs(v)), "f"(kMax));
+  // The power of two of the interval, its exponent that of 1 at least, against 2's.
+  const uint32_t exponent = max(__float_as_uint(magnitude), 0x3F800000u) & 0x7F800000u;
+  const float steps = magnitude * __uint_as_float(0x7F800000u - exponent);
+  distance = std::fabs(2 * (steps - std::floor(steps)) - 1);
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(distance));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(power * (inverse - 1)));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(slope) : "f"(power * inverse), "f"(cap));
+  return slope;
+#else
   float magnitude = std::fabs(v);
   if (magnitude > kMax) magnitude = kMax;
   // In units of the grid's step, a power of two, where v lies: all exact.
   const float steps = magnitude * (magnitude < 2 ? 2.0f : magnitude < 4 ? 1.0f : 0.5f);
   const float distance = std::fabs(2 * (steps - std::floor(steps)) - 1);
-  const float inverse = 1 / k;
-#ifdef __CUDA_ARCH__
-  float power;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(__log2f(distance) * (inverse - 1)));
-#else
-  const float power = std::exp2(std::log2(distance) * (inverse - 1));
-#endif
-  const float slope = power * inverse;
+  const float slope = std::exp2(std::log2(distance) * (inverse - 1)) * inverse;
   return slope > cap ? cap : slope;
+#endif
 }
 
 #undef JFP4_HOST_DEVICE
