@@ -7,11 +7,12 @@
 // times 2^-6 exactly, subnormals included, so unpacking is shifts and masks and no table. Rows of b
 // are the 64 rows of a wgmma, from registers; rows of a are its columns, from shared memory.
 //
-// In a block one thread has the copy engine bring b's nibbles into a ring of shared-memory stages,
-// four warps fetch a and unpack it into a ring of its own, and four warpgroups unpack b into
-// registers and multiply, the next codes while the last ones are being multiplied. Then the blocks
-// of the cluster read each other's sums, which are exact, so that neither their number nor their
-// order shows in y.
+// A stage of a block's ring is a step along k. The copy engine brings nibbles of a and of b into
+// it; four warps unpack those of a within it, and four warpgroups unpack b into registers and
+// multiply, the next codes while the last ones are being multiplied. (Warps that unpack must not
+// load from memory: the fence between their stores and the tensor cores waits for loads as well,
+// and so for those of steps to come.) At the end the blocks of the cluster read each other's sums,
+// which are exact, so that neither their number nor their order shows in y.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -26,6 +27,7 @@ namespace {
 
 constexpr int kConsumers = 4;  // warpgroups that multiply
 constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+constexpr int kConsumerWarps = kConsumerThreads / kWarp;
 constexpr int kTokenWarps = 4;  // unpack a
 // Five warps on each quarter of a multiprocessor have 96 registers, six would have 80.
 constexpr int kThreads = kConsumerThreads + kTokenWarps * kWarp;
@@ -54,22 +56,15 @@ constexpr int kAlignment = 1024;          // of a 128-byte-swizzled tile
 // Rows of b in a tile: any multiple of the swizzle's, so that shares can be equal.
 constexpr int kMaxRows = kConsumers * kWgmmaRows;
 
-// Stages of b: as many as fit, up to the barriers that there are for them.
+// Stages: as many as fit, up to the barriers that there are for them.
+constexpr int kMinStages = 3;
 constexpr int kMaxStages = 16;
-
-constexpr int kTokenStages = 4;  // of a
 
 // Warpgroups that take turns along k with the same rows, where a tile has few. Each must meet the
 // same stages again and again: a barrier that is waited for only now and then may be a phase
 // behind. And a stage is released a turn late, so there must be more of them than take turns.
 constexpr int kMaxSharers = 2;
-static_assert(kTokenStages % kMaxSharers == 0 && kTokenStages > kMaxSharers);
-
-// So many warps share a step's tokens, 16 each at most; the others are at other steps.
-template <int kTokens>
-constexpr int kWarpsPerStep = std::max(1, kTokens / 16);
-template <int kTokens>
-constexpr int kWarpTokens = kTokens / kWarpsPerStep<kTokens>;
+static_assert(kMinStages > kMaxSharers);
 
 // A warpgroup's sums. A quad's lanes write columns two apart: the padding keeps those of a warp in
 // different banks, and four neighbours along n loadable at once.
@@ -78,14 +73,22 @@ static_assert(2 * kSumsPitch % 32 == 8 && kSumsPitch % 4 == 0);
 
 template <int kTokens>
 struct Fixed {
-  uint8_t tokens[kTokenStages][kSegments][kTokens * kSwizzleRow];  // of a, unpacked
   float a_scale[kTokens];
   float b_scale[kMaxRows];
   float bias[kMaxRows];
-  uint64_t rows_full[kMaxStages];
-  uint64_t tokens_full[kTokenStages];
-  uint64_t empty[kTokenStages];  // the stage of a, and the step's of b
+  uint64_t a_full[kMaxStages];  // nibbles are there
+  uint64_t b_full[kMaxStages];
+  uint64_t unpacked[kMaxStages];  // a's
+  uint64_t empty[kMaxStages];
 };
+
+// Of a stage: a's codes, a segment after the other; a's nibbles; b's nibbles, all in swizzled rows.
+template <int kTokens>
+constexpr int kTokenCodes = kSegments * kTokens * kSwizzleRow;
+template <int kTokens>
+constexpr int kTokenNibbles = kTokens * kStageRowBytes;
+template <int kTokens>
+constexpr int kTokenBytes = kTokenCodes<kTokens> + kTokenNibbles<kTokens>;
 
 template <int kTokens>
 constexpr int kRingBytes = (kSharedLimit - kAlignment - static_cast<int>(sizeof(Fixed<kTokens>))) /
@@ -94,23 +97,23 @@ constexpr int kRingBytes = (kSharedLimit - kAlignment - static_cast<int>(sizeof(
 template <int kTokens>
 struct Shared {
   union {
-    uint8_t ring[kRingBytes<kTokens>];            // stages of b, nibbles
+    uint8_t ring[kRingBytes<kTokens>];
     float sums[kConsumers][kTokens][kSumsPitch];  // once the last stage is used up
   };
   Fixed<kTokens> fixed;
 };
 
 struct Params {
-  int batch, m, n, k;
+  int batch, m, n;
   int m_tiles, n_tiles;
   int rows;        // of b, in a tile
   int row_groups;  // of them, a wgmma's each
   int sharers;     // warpgroups that take turns along k with the same row group
-  int stages;      // of b's ring
-  int split;       // blocks of a cluster
-  int steps;       // stages along k of each, and of as many as `longer` one more
+  int stages;      // of the ring
+  int stage_bytes;
+  int split;  // blocks of a cluster
+  int steps;  // along k of each, and of as many as `longer` one more
   int longer;
-  const uint8_t* a;
   const float* a_scale;
   const float* b_scale;
   bool a_scale_rows, b_scale_rows;  // one number a row, rather than one a matrix
@@ -122,11 +125,12 @@ struct Params {
 
 // --- instructions that hopper.cuh has no use for ---
 
-__device__ __forceinline__ uint4 LoadChunk(const uint8_t* source) {
+__device__ __forceinline__ uint4 LoadShared(uint32_t shared_address) {
   uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(source));
+               : "r"(shared_address)
+               : "memory");
   return v;
 }
 
@@ -240,10 +244,18 @@ __device__ __forceinline__ void Unpack(const uint32_t (&words)[4], uint32_t (&co
 
 // --- the parts of a block ---
 
-// The tile of y that a cluster computes, and the stages along k that this block sums over.
+// The tile of y that a cluster computes, and the steps along k that this block sums over.
 struct Work {
   int rank, batch, first_token, first_row;
   int begin, steps;
+  int turn;  // the step that comes first
+
+  // What a step takes of k. All blocks want the same tokens, so those of one tile begin elsewhere
+  // than those of the next: otherwise they would all be served by the same few slices of L2.
+  __device__ __forceinline__ int Column(int step) const {
+    const int turned = step + turn;
+    return begin + turned - (turned < steps ? 0 : steps);
+  }
 };
 
 // The first copies wait for this, so it divides only where it has to.
@@ -256,117 +268,132 @@ __device__ __forceinline__ Work BlockWork(const Params& p) {
     m_tile = n_tile % p.m_tiles;
     n_tile /= p.m_tiles;
   }
+  // Multiples of the golden ratio spread any number of tiles over the steps.
+  const uint32_t spread = n_tile * 0x9E3779B9u;
   if (p.batch > 1) {
     batch = n_tile / p.n_tiles;
     n_tile -= batch * p.n_tiles;
   }
+  const int steps = p.steps + (rank < p.longer);
   return {rank,
           batch,
           m_tile * kTokens,
           n_tile * p.rows,
           rank * p.steps + min(rank, p.longer),
-          p.steps + (rank < p.longer)};
+          steps,
+          static_cast<int>(__umulhi(spread, steps))};
 }
 
 // Everything is set up once all threads have been here.
 __device__ __forceinline__ void SetUp() { NamedBarrier(0, kThreads); }
 
-// Starts the copy of a step's rows of b into its stage. What lies past an edge reads as zero.
+// Starts the copies of a step into its stage. What lies past an edge reads as zero.
 template <int kTokens>
-__device__ __forceinline__ void CopyRows(const Params& p, const CUtensorMap& b_map,
-                                         const Work& work, int step, int slot,
-                                         Shared<kTokens>& shared) {
-  const int bytes = p.rows * kStageRowBytes;
-  uint64_t* full = &shared.fixed.rows_full[slot];
-  BarrierExpect(full, bytes);
-  TensorLoad(shared.ring + slot * bytes, &b_map, full, (work.begin + step) * kStageRowBytes,
-             work.first_row, work.batch);
+__device__ __forceinline__ void CopyStep(const Params& p, const CUtensorMap& a_map,
+                                         const CUtensorMap& b_map, const Work& work, int step,
+                                         int slot, Shared<kTokens>& shared) {
+  Fixed<kTokens>& fixed = shared.fixed;
+  uint8_t* stage = shared.ring + slot * p.stage_bytes;
+  const int column = work.Column(step) * kStageRowBytes;
+  BarrierExpect(&fixed.b_full[slot], p.rows * kStageRowBytes);
+  TensorLoad(stage + kTokenBytes<kTokens>, &b_map, &fixed.b_full[slot], column, work.first_row,
+             work.batch);
+  BarrierExpect(&fixed.a_full[slot], kTokenNibbles<kTokens>);
+  TensorLoad(stage + kTokenCodes<kTokens>, &a_map, &fixed.a_full[slot], column, work.first_token,
+             work.batch);
 }
 
-// One thread's part before SetUp: the other threads need not be there for the first copies.
+// One warp's part before SetUp: the other warps need not be there for the first copies.
 template <int kTokens>
-__device__ __forceinline__ void Start(const Params& p, const CUtensorMap& b_map, const Work& work,
+__device__ __forceinline__ void Start(const Params& p, const CUtensorMap& a_map,
+                                      const CUtensorMap& b_map, const Work& work,
                                       Shared<kTokens>& shared) {
   Fixed<kTokens>& fixed = shared.fixed;
-  if (work.steps > 0) PrefetchTensorMap(&b_map);
-  for (int s = 0; s < p.stages; ++s) BarrierInit(&fixed.rows_full[s], 1);
-  for (int s = 0; s < kTokenStages; ++s) {
-    BarrierInit(&fixed.tokens_full[s], kWarpsPerStep<kTokens>);
-    BarrierInit(&fixed.empty[s], p.row_groups * (kWarpgroup / kWarp));
+  const int lane = threadIdx.x % kWarp;
+  static_assert(kMaxStages <= kWarp);
+  if (work.steps > 0 && lane == 0) {
+    PrefetchTensorMap(&b_map);
+    PrefetchTensorMap(&a_map);
+  }
+  if (lane < p.stages) {
+    BarrierInit(&fixed.a_full[lane], 1);
+    BarrierInit(&fixed.b_full[lane], 1);
+    BarrierInit(&fixed.unpacked[lane], kTokenWarps);
+    BarrierInit(&fixed.empty[lane], p.row_groups * (kWarpgroup / kWarp));
   }
   FenceBarrierInit();
   FenceAsyncProxy();
-  for (int step = 0; step < min(p.stages, work.steps); ++step) {
-    CopyRows(p, b_map, work, step, step, shared);
-  }
-}
-
-template <int kTokens>
-__device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap& b_map,
-                                             const Work& work, Shared<kTokens>& shared) {
-  Fixed<kTokens>& fixed = shared.fixed;
-  // A lane takes chunk lane / 8 of a segment of row lane % 8, so that eight lanes' stores cover all
-  // banks.
-  static_assert(kSwizzleRows * kSegmentChunks == kWarp);
-  const int warp = (threadIdx.x - kConsumerThreads) / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  const int row = lane % kSwizzleRows, chunk = lane / kSwizzleRows;
-  const int64_t pitch = p.k / 2;
-  const int first_token = warp % kWarpsPerStep<kTokens> * kWarpTokens<kTokens> + row;
-  const int tokens = p.m - work.first_token - first_token;
-  const uint8_t* a = p.a + (int64_t{work.batch} * p.m + work.first_token + first_token) * pitch;
-  constexpr int kLoads = kWarpTokens<kTokens> / kSwizzleRows * kSegments;
-  auto load = [&](int step, uint4(&nibbles)[kLoads]) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int token = i / kSegments * kSwizzleRows;
-      const int column =
-          (work.begin + step) * kStageChunks + i % kSegments * kSegmentChunks + chunk;
-      nibbles[i] = make_uint4(0, 0, 0, 0);
-      if (step < work.steps && token < tokens && column < p.k / kChunkK) {
-        nibbles[i] = LoadChunk(a + token * pitch + column * kChunk);
-      }
-    }
-  };
-  constexpr int kAhead = 2;  // steps whose nibbles are on their way
-  constexpr int kStride = kTokenWarps / kWarpsPerStep<kTokens>;
-  const int first = warp / kWarpsPerStep<kTokens>;
-  uint4 nibbles[kAhead][kLoads];
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) load(first + i * kStride, nibbles[i]);
-  SetUp();
-  // Exclusive or with a multiple of 16 moves along the swizzled row.
-  const uint32_t place =
-      SharedAddress(fixed.tokens) + first_token * kSwizzleRow + (row ^ 2 * chunk) * kChunk;
-  for (int block = first; block < work.steps; block += kAhead * kStride) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int step = block + i * kStride;
-      if (step >= work.steps) break;
-      const int slot = step % kTokenStages;
-      BarrierWait(&fixed.empty[slot], (step / kTokenStages & 1) ^ 1);
-      // What emptied this stage of a has used up its rows of b, too.
-      const int refill = step - kTokenStages + p.stages;
-      if (step >= kTokenStages && refill < work.steps && warp % kWarpsPerStep<kTokens> == 0 &&
-          lane == 0) {
-        CopyRows(p, b_map, work, refill, refill % p.stages, shared);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        const uint4 v = nibbles[i][j];
-        const uint32_t to = place + (slot * kSegments + j % kSegments) * kTokens * kSwizzleRow +
-                            j / kSegments * kSwizzleRows * kSwizzleRow;
-        StoreShared(to, {EvenCodes(v.x), EvenCodes(v.y), EvenCodes(v.z), EvenCodes(v.w)});
-        StoreShared(to ^ kChunk, {OddCodes(v.x), OddCodes(v.y), OddCodes(v.z), OddCodes(v.w)});
-      }
-      FenceAsyncProxy();
-      __syncwarp();
-      if (lane == 0) BarrierArrive(&fixed.tokens_full[slot]);
-      load(step + kAhead * kStride, nibbles[i]);
+  __syncwarp();
+  if (lane == 0) {
+#pragma unroll 1
+    for (int step = 0; step < min(p.stages, work.steps); ++step) {
+      CopyStep(p, a_map, b_map, work, step, step, shared);
     }
   }
   __syncwarp();
+}
+
+// The token warps' part: unpacks a's nibbles, a step after the other, and fills stages anew.
+template <int kTokens>
+__device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap& a_map,
+                                             const CUtensorMap& b_map, const Work& work, int warp,
+                                             Shared<kTokens>& shared) {
+  Fixed<kTokens>& fixed = shared.fixed;
+  // A warp takes a segment of eight rows at a time, its lane chunk lane / 8 of row lane % 8, so
+  // that eight lanes load and store in all banks.
+  static_assert(kSwizzleRows * kSegmentChunks == kWarp && kTokenWarps % kSegments == 0);
+  constexpr int kOctets = kTokens / kSwizzleRows;
+  constexpr int kWarpOctets = kTokenWarps / kSegments;  // that the warps take together
+  constexpr int kLoads = (kOctets + kWarpOctets - 1) / kWarpOctets;
+  const int lane = threadIdx.x % kWarp;
+  const int segment = warp % kSegments, octet = warp / kSegments;
+  const int row = lane % kSwizzleRows, chunk = lane / kSwizzleRows;
+  // Exclusive or with a multiple of 16 moves along the swizzled row.
+  const uint32_t place = SharedAddress(shared.ring) + (octet * kSwizzleRows + row) * kSwizzleRow;
+  const uint32_t from =
+      place + kTokenCodes<kTokens> + (row ^ (segment * kSegmentChunks + chunk)) * kChunk;
+  const uint32_t to = place + segment * kTokens * kSwizzleRow + (row ^ 2 * chunk) * kChunk;
+  constexpr int kPitch = kWarpOctets * kSwizzleRows * kSwizzleRow;
+  // A stage is filled anew so many steps after a was unpacked in it: then whoever multiplies is
+  // done with it, or soon will be. They are no fewer than the warpgroups that take turns, for a
+  // stage is released a turn late.
+  const int behind = p.stages / 2;
+  int slot = 0, parity = 0, refill_slot = 0, refill_parity = 0;
+  for (int step = 0; step < work.steps; ++step) {
+    BarrierWait(&fixed.a_full[slot], parity);
+    const int stage = slot * p.stage_bytes;
+    if (octet < kOctets) {
+      uint4 nibbles[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) nibbles[i] = LoadShared(from + stage + i * kPitch);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const uint4 v = nibbles[i];
+        const uint32_t at = to + stage + i * kPitch;
+        StoreShared(at, {EvenCodes(v.x), EvenCodes(v.y), EvenCodes(v.z), EvenCodes(v.w)});
+        StoreShared(at ^ kChunk, {OddCodes(v.x), OddCodes(v.y), OddCodes(v.z), OddCodes(v.w)});
+      }
+    }
+    FenceAsyncProxy();
+    __syncwarp();
+    if (lane == 0) BarrierArrive(&fixed.unpacked[slot]);
+    if (++slot == p.stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+    const int refill = step - behind + p.stages;
+    if (step >= behind && refill < work.steps) {
+      if (warp == 0 && lane == 0) {
+        BarrierWait(&fixed.empty[refill_slot], refill_parity);
+        CopyStep(p, a_map, b_map, work, refill, refill_slot, shared);
+      }
+      if (++refill_slot == p.stages) {
+        refill_slot = 0;
+        refill_parity ^= 1;
+      }
+    }
+    __syncwarp();
+  }
 }
 
 template <int kTokens>
@@ -379,41 +406,38 @@ __device__ __forceinline__ void Multiply(const Params& p, const Work& work, int 
   // Past the tile's last row it is taken again, for sums that are not stored.
   const int row =
       min(row_group * kWgmmaRows + threadIdx.x % kWarpgroup / kWarp * 16 + lane % 16, p.rows - 1);
-  const uint32_t place =
-      SharedAddress(shared.ring) + row * kStageRowBytes + (lane / 16 ^ row % kSwizzleRows) * kChunk;
-  const int bytes = p.rows * kStageRowBytes;
+  const uint32_t place = SharedAddress(shared.ring) + kTokenBytes<kTokens> + row * kStageRowBytes +
+                         (lane / 16 ^ row % kSwizzleRows) * kChunk;
 #pragma unroll
   for (float& sum : sums) sum = 0;
   // Of two pairs of chunks, by turns: one is unpacked while the other is multiplied.
   constexpr int kPairs = kStageChunks / 2;
   uint32_t codes[2][2][4];
-  int slot = sharer, parity = 0;
+  int slot = sharer, parity = 0, last_slot = 0;
   for (int step = sharer; step < work.steps; step += p.sharers) {
-    const int token_slot = step % kTokenStages;
-    BarrierWait(&fixed.rows_full[slot], parity);
-    const uint32_t from = place + slot * bytes;
+    BarrierWait(&fixed.b_full[slot], parity);
+    const int stage = slot * p.stage_bytes;
+    const uint32_t from = place + stage;
     uint32_t words[4];
     LoadMatrices(from, words);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       Unpack(words, codes[pair % 2]);
       if (pair + 1 < kPairs) LoadMatrices(from ^ (pair + 1) * 2 * kChunk, words);
-      if (pair == 0) {
-        BarrierWait(&fixed.tokens_full[token_slot], step / kTokenStages & 1);
-      }
+      if (pair == 0) BarrierWait(&fixed.unpacked[slot], parity);
+      constexpr int kSegmentPairs = kPairs / kSegments;
       const uint64_t tokens =
-          WgmmaDescriptor(fixed.tokens[token_slot][pair / (kPairs / kSegments)]) +
-          (pair % (kPairs / kSegments) * 2 * kWgmmaK >> 4);
+          WgmmaDescriptor(shared.ring + stage + pair / kSegmentPairs * kTokens * kSwizzleRow) +
+          (pair % kSegmentPairs * 2 * kWgmmaK >> 4);
       WgmmaFence();
 #pragma unroll
       for (int i = 0; i < 2; ++i) Wgmma(sums, codes[pair % 2][i], tokens + (i * kWgmmaK >> 4));
       WgmmaCommit();
       // The pair before this one is done with, and with the first the step before this one.
       WgmmaWait<1>();
-      if (pair == 0 && step != sharer && lane == 0) {
-        BarrierArrive(&fixed.empty[(step - p.sharers) % kTokenStages]);
-      }
+      if (pair == 0 && step != sharer && lane == 0) BarrierArrive(&fixed.empty[last_slot]);
     }
+    last_slot = slot;
     slot += p.sharers;
     if (slot >= p.stages) {
       slot -= p.stages;
@@ -461,54 +485,86 @@ __device__ __forceinline__ void StoreFour(const Params& p, int64_t index, int co
   }
 }
 
-// Adds up the blocks' sums and writes this block's share of the tile.
-template <int kTokens>
+// Adds up the blocks' sums and writes this block's share of the tile. A thread has the sums of
+// kBlocks blocks on their way before it needs the first, and of as many fours as registers allow.
+template <int kTokens, int kBlocks>
 __device__ __forceinline__ void Finish(const Params& p, const Work& work, Shared<kTokens>& shared) {
   const Fixed<kTokens>& fixed = shared.fixed;
   const int fours = p.rows / 4;
-  const int tokens = min(kTokens, p.m - work.first_token);
+  const int count = min(kTokens, p.m - work.first_token) * fours;
+  const int stride = p.split * kThreads;
+  constexpr int kFours = 8 / kBlocks;
 #pragma unroll 1
-  for (int i = work.rank * kThreads + threadIdx.x; i < tokens * fours; i += p.split * kThreads) {
-    const int token = i / fours, row = (i - token * fours) * 4;
-    float y[4] = {0, 0, 0, 0};
+  for (int i = work.rank * kThreads + threadIdx.x; i < count; i += kFours * stride) {
+    int token[kFours], row[kFours];
+    bool inside[kFours];
+    float y[kFours][4];
+#pragma unroll
+    for (int f = 0; f < kFours; ++f) {
+      inside[f] = i + f * stride < count;
+      token[f] = (i + f * stride) / fours;
+      row[f] = (i + f * stride - token[f] * fours) * 4;
+#pragma unroll
+      for (float& sum : y[f]) sum = 0;
+    }
 #pragma unroll 1
     for (int sharer = 0; sharer < p.sharers; ++sharer) {
-      const int warpgroup = sharer * p.row_groups + row / kWgmmaRows;
-      const uint32_t mine = SharedAddress(&shared.sums[warpgroup][token][row % kWgmmaRows]);
-      // All on their way before the first is needed.
-      float4 parts[kMaxSplit];
+      uint32_t mine[kFours];
 #pragma unroll
-      for (int r = 0; r < kMaxSplit; ++r) {
-        parts[r] = make_float4(0, 0, 0, 0);
-        if (r < p.split) parts[r] = LoadCluster(MapToRank(mine, r));
+      for (int f = 0; f < kFours; ++f) {
+        const int warpgroup = sharer * p.row_groups + row[f] / kWgmmaRows;
+        mine[f] = SharedAddress(&shared.sums[warpgroup][token[f]][row[f] % kWgmmaRows]);
       }
+#pragma unroll 1
+      for (int first = 0; first < p.split; first += kBlocks) {
+        float4 parts[kBlocks][kFours];
 #pragma unroll
-      for (const float4& part : parts) {
-        y[0] += part.x;
-        y[1] += part.y;
-        y[2] += part.z;
-        y[3] += part.w;
+        for (int r = 0; r < kBlocks; ++r) {
+          // From its own on, so that not all blocks read the same one's at the same time.
+          const int rank = work.rank + first + r;
+#pragma unroll
+          for (int f = 0; f < kFours; ++f) {
+            parts[r][f] = make_float4(0, 0, 0, 0);
+            if (first + r < p.split && inside[f]) {
+              parts[r][f] = LoadCluster(MapToRank(mine[f], rank - (rank < p.split ? 0 : p.split)));
+            }
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r) {
+#pragma unroll
+          for (int f = 0; f < kFours; ++f) {
+            y[f][0] += parts[r][f].x;
+            y[f][1] += parts[r][f].y;
+            y[f][2] += parts[r][f].z;
+            y[f][3] += parts[r][f].w;
+          }
+        }
       }
     }
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      y[c] = __fmul_rn(y[c] * kUnscale, fixed.a_scale[token]);
-      y[c] = __fmul_rn(y[c], fixed.b_scale[row + c]);
-      if (p.bias != nullptr) y[c] = __fadd_rn(y[c], fixed.bias[row + c]);
-    }
-    const int64_t y_row = int64_t{work.batch} * p.m + work.first_token + token;
-    const int64_t index = y_row * p.n + work.first_row + row;
-    const int columns = p.n - work.first_row - row;
-    switch (p.out_type) {
-      case DType::kBF16:
-        StoreFour<__nv_bfloat16>(p, index, columns, y);
-        break;
-      case DType::kF16:
-        StoreFour<__half>(p, index, columns, y);
-        break;
-      case DType::kF32:
-        StoreFour<float>(p, index, columns, y);
-        break;
+    for (int f = 0; f < kFours; ++f) {
+      if (!inside[f]) break;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        y[f][c] = __fmul_rn(y[f][c] * kUnscale, fixed.a_scale[token[f]]);
+        y[f][c] = __fmul_rn(y[f][c], fixed.b_scale[row[f] + c]);
+        if (p.bias != nullptr) y[f][c] = __fadd_rn(y[f][c], fixed.bias[row[f] + c]);
+      }
+      const int64_t y_row = int64_t{work.batch} * p.m + work.first_token + token[f];
+      const int64_t index = y_row * p.n + work.first_row + row[f];
+      const int columns = p.n - work.first_row - row[f];
+      switch (p.out_type) {
+        case DType::kBF16:
+          StoreFour<__nv_bfloat16>(p, index, columns, y[f]);
+          break;
+        case DType::kF16:
+          StoreFour<__half>(p, index, columns, y[f]);
+          break;
+        case DType::kF32:
+          StoreFour<float>(p, index, columns, y[f]);
+          break;
+      }
     }
   }
 }
@@ -545,20 +601,22 @@ struct Factors {
 
 template <int kTokens>
 __global__ void __launch_bounds__(kThreads, 1)
-    PackedGemmKernel(const __grid_constant__ CUtensorMap b_map, const __grid_constant__ Params p) {
+    PackedGemmKernel(const __grid_constant__ CUtensorMap a_map,
+                     const __grid_constant__ CUtensorMap b_map, const __grid_constant__ Params p) {
   extern __shared__ uint8_t raw[];
   // As an offset, so that the compiler still sees that this is shared memory.
   auto& shared = *reinterpret_cast<Shared<kTokens>*>(raw + (-SharedAddress(raw) % kAlignment));
   const Work work = BlockWork<kTokens>(p);
-  if (threadIdx.x >= kConsumerThreads) {
-    UnpackTokens(p, b_map, work, shared);
+  // From the first lane, so that the compiler sees that it is the same in all.
+  const int warp = __shfl_sync(~0u, threadIdx.x / kWarp, 0);
+  if (warp >= kConsumerWarps) {
+    if (warp == kConsumerWarps) Start(p, a_map, b_map, work, shared);
+    SetUp();
+    UnpackTokens(p, a_map, b_map, work, warp - kConsumerWarps, shared);
   } else {
-    if (threadIdx.x == 0) Start(p, b_map, work, shared);
-    __syncwarp();
     const Factors<kTokens> factors(p, work);
     SetUp();
-    // From the first lane, so that the compiler sees that it is the same in all.
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
+    const int warpgroup = warp / (kWarpgroup / kWarp);
     static_assert(kMaxSharers == 2);
     const int sharer = (warpgroup >= p.row_groups) + (warpgroup >= 2 * p.row_groups);
     float sums[kTokens / 2];
@@ -571,7 +629,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     factors.Share(p, shared.fixed);
   }
   ClusterSync();
-  Finish(p, work, shared);
+  if (p.split <= 2) {
+    Finish<kTokens, 2>(p, work, shared);
+  } else {
+    Finish<kTokens, 4>(p, work, shared);
+  }
   // No block leaves while another may still read its sums.
   if (p.split > 1) {
     __syncwarp();
@@ -627,7 +689,22 @@ struct Plan {
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The plan with the least for a multiprocessor to do.
+// Microseconds that a multiprocessor takes for a block, fitted to products of every split of 1 to
+// 64 tokens on a GPU that reads 3.0 TB/s. With 1.4 times that, bytes of b cost less, and hardly a
+// choice differs.
+template <int kTokens>
+double BlockCost(int64_t steps, int64_t rows, int split) {
+  constexpr double kBlock = 4.05;        // launch, the first bytes' way, the last step, the end
+  constexpr double kByteOfB = 31.3e-6;   // of nibbles, from memory
+  constexpr double kByteOfA = 60.4e-6;   // of nibbles, from L2, and to be unpacked
+  constexpr double kGroup = 71e-3;       // a step of a wgmma's rows, however few of them count
+  constexpr double kExchange = 35.3e-6;  // a byte of sums that other blocks have or want
+  const double step =
+      kStageRowBytes * (kByteOfB * rows + kByteOfA * kTokens) + kGroup * DivideUp(rows, kWgmmaRows);
+  return kBlock + steps * step + kExchange * sizeof(float) * rows * kTokens * (split - 1) / split;
+}
+
+// The plan that is done first.
 template <int kTokens>
 Plan Choose(const PackedGemm& g) {
   const int64_t bands = g.batch * DivideUp(g.m, kTokens);
@@ -641,10 +718,7 @@ Plan Choose(const PackedGemm& g) {
     const int64_t n_tiles = std::max<int64_t>(1, clusters * waves / bands);
     const int64_t rows = DivideUp(DivideUp(g.n, n_tiles), kSwizzleRows) * kSwizzleRows;
     if (rows > kMaxRows) continue;
-    // In bytes of b: a costs half as much as b, for it comes from L2; sums go from block to block.
-    const double share = DivideUp(stages, split) * kStageRowBytes * (rows + 0.5 * kTokens);
-    const double exchange = split == 1 ? 0 : 16e3 + 4.0 * rows * kTokens * (split - 1) / split;
-    const double cost = waves * (share + exchange + 32e3);
+    const double cost = waves * BlockCost<kTokens>(DivideUp(stages, split), rows, split);
     if (cost < least) {
       least = cost;
       best = {static_cast<int>(rows), split};
@@ -656,14 +730,20 @@ Plan Choose(const PackedGemm& g) {
 template <int kTokens>
 cudaError_t Launch(const PackedGemm& g, const Plan& plan, cudaStream_t stream) {
   static_assert(kSharedBytes<kTokens> <= kSharedLimit);
-  // Refilling a stage of b must not come too late for the step that follows.
-  static_assert(kRingBytes<kTokens> / (kMaxRows * kStageRowBytes) >= kTokenStages);
+  static_assert(kRingBytes<kTokens> / (kTokenBytes<kTokens> + kMaxRows * kStageRowBytes) >=
+                kMinStages);
+  static_assert(kRingBytes<kTokens> /
+                    (kTokenBytes<kTokens> + kMaxRows / kMaxSharers * kStageRowBytes) >=
+                2 * kMaxSharers);
   static_assert(sizeof(Shared<kTokens>::sums) <= kRingBytes<kTokens>);
-  static_assert(kTokens % kSwizzleRows == 0 && kTokenWarps % kWarpsPerStep<kTokens> == 0);
+  static_assert(kTokens % kSwizzleRows == 0);
   cudaError_t status = AllowShared<kTokens>();
   if (status != cudaSuccess) return status;
-  CUtensorMap b_map{};
+  CUtensorMap a_map{}, b_map{};
   if (g.k != 0) {
+    status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m, g.k / 2,
+                           kTokens, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B);
+    if (status != cudaSuccess) return status;
     status = MakeTensorMap(&b_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.b, g.batch, g.n, g.k / 2,
                            plan.rows, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
@@ -671,23 +751,23 @@ cudaError_t Launch(const PackedGemm& g, const Plan& plan, cudaStream_t stream) {
   const int64_t m_tiles = DivideUp(g.m, kTokens), n_tiles = DivideUp(g.n, plan.rows);
   const int row_groups = static_cast<int>(DivideUp(plan.rows, kWgmmaRows));
   const int sharers = std::min(kMaxSharers, kConsumers / row_groups);
-  const int fitting = kRingBytes<kTokens> / (plan.rows * kStageRowBytes);
+  const int stage_bytes = kTokenBytes<kTokens> + plan.rows * kStageRowBytes;
+  const int fitting = kRingBytes<kTokens> / stage_bytes;
   const int width = g.out_type == DType::kF32 ? 4 : 2;
   const int64_t stages = DivideUp(g.k, kStageK);
   const Params p{static_cast<int>(g.batch),
                  static_cast<int>(g.m),
                  static_cast<int>(g.n),
-                 static_cast<int>(g.k),
                  static_cast<int>(m_tiles),
                  static_cast<int>(n_tiles),
                  plan.rows,
                  row_groups,
                  sharers,
                  std::min(kMaxStages, fitting / sharers * sharers),
+                 stage_bytes,
                  plan.split,
                  static_cast<int>(stages / plan.split),
                  static_cast<int>(stages % plan.split),
-                 g.a,
                  g.a_scale,
                  g.b_scale,
                  g.a_scale_size != 1,
@@ -704,7 +784,7 @@ cudaError_t Launch(const PackedGemm& g, const Plan& plan, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, PackedGemmKernel<kTokens>, b_map, p);
+  return cudaLaunchKernelEx(&config, PackedGemmKernel<kTokens>, a_map, b_map, p);
 }
 
 }  // namespace
