@@ -15,6 +15,7 @@ import queue
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,28 +146,38 @@ def run(study: Study, job: Job, gpus: queue.Queue[int]) -> dict[str, Any]:
         f"--seq_len={study.seq_len}",
         f"--lr={job.lr}",
         f"--seed={job.seed}",
-        f"--run_dir={run_dir}",
         f"--eval_every={study.steps}",
         "--eval_batches=1000000",
         "--checkpoint.every=0",
         f"--log.health_every={study.steps}",
         "--log.every=50",
     ]
-    if not _finished(run_dir, study.steps):
-        if run_dir.exists():
-            raise UserError(f"{run_dir} was cut off; remove it, and it is trained again")
+    if not finished(run_dir, study.steps):
         gpu = gpus.get()
-        done = subprocess.run(
-            [sys.executable, "-m", "train.main", *flags],
-            cwd=ROOT,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
-            capture_output=True,
-            text=True,
-        )
-        gpus.put(gpu)
-        if done.returncode != 0 and "not finite" not in done.stderr:
-            raise UserError(f"{job.name} failed: {done.stderr.strip().splitlines()[-1]}")
+        try:
+            train(job.name, run_dir, flags, gpu)
+        finally:
+            gpus.put(gpu)
     return summarize(run_dir, job)
+
+
+def train(name: str, run_dir: Path, flags: Sequence[str], gpu: int) -> None:
+    """Trains in a process of its own, on a GPU by its number; it may diverge.
+
+    Raises:
+        UserError: it failed, or there is something of it that is not finished.
+    """
+    if run_dir.exists():
+        raise UserError(f"{run_dir} was cut off; remove it, and it is trained again")
+    done = subprocess.run(
+        [sys.executable, "-m", "train.main", f"--run_dir={run_dir}", *flags],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0 and "not finite" not in done.stderr:
+        raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
 
 
 def summarize(run_dir: Path, job: Job) -> dict[str, Any]:
@@ -206,7 +217,8 @@ def write(study: Study, swept: list[Any], results: list[Any] | None) -> None:
     out.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _finished(run_dir: Path, steps: int) -> bool:
+def finished(run_dir: Path, steps: int) -> bool:
+    """Whether a run directory holds a run of so many steps."""
     return (run_dir / "metrics.jsonl").is_file() and read_metrics(run_dir)[-1]["step"] == steps
 
 

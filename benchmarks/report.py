@@ -15,11 +15,18 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import report_kernels, train_step
+from benchmarks import (
+    report_first_tokens,
+    report_kernels,
+    report_meshes,
+    report_runs,
+    train_step,
+)
 from benchmarks.provenance import RESULTS, ROOT
 
 README = ROOT / "README.md"
 DOC, PICTURE = ROOT / "docs/results.md", ROOT / "docs/loss.png"
+FIRST_PICTURE = ROOT / "docs/first_tokens.png"
 SCALING = ROOT / "docs/scaling.md"
 KERNELS, KERNELS_PICTURE = ROOT / "docs/kernels.md", ROOT / "docs/kernels.png"
 
@@ -29,15 +36,21 @@ def main() -> int:
     loss = json.loads((RESULTS / "loss.json").read_text())
     cpus = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("run-*.json"))]
+    resumed = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("resume-*.json"))]
+    firsts = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("first_tokens-*.json"))]
     steps = next((json.loads(p.read_text()) for p in RESULTS.glob("train_step-*.json")), None)
+    meshes = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mesh-*.json"))]
     scaling = json.loads((RESULTS / "scaling.json").read_text())
     kernels = report_kernels.load()
     tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels)}
     measured = {"measurements": report_kernels.measurements(kernels)}
     wanted = {
-        DOC: document(loss, cpus, runs, steps),
+        DOC: document(loss, cpus, runs, resumed, firsts, steps),
         README: fill(README.read_text(), tables),
-        SCALING: fill(SCALING.read_text(), {"scaling": scaling_tables(scaling)}),
+        SCALING: fill(
+            SCALING.read_text(),
+            {"mesh": report_meshes.measured(meshes), "scaling": scaling_tables(scaling)},
+        ),
         KERNELS: fill(KERNELS.read_text(), measured),
     }
     if "--check" in sys.argv[1:]:
@@ -48,6 +61,8 @@ def main() -> int:
     for path, text in wanted.items():
         path.write_text(text)
     draw(loss, PICTURE)
+    if firsts:
+        report_first_tokens.draw(firsts, FIRST_PICTURE)
     report_kernels.draw(kernels, KERNELS_PICTURE)
     return 0
 
@@ -66,12 +81,22 @@ def document(
     loss: dict[str, Any],
     cpus: list[dict[str, Any]],
     runs: list[dict[str, Any]],
+    resumed: list[dict[str, Any]],
+    firsts: list[dict[str, Any]],
     steps: dict[str, Any] | None,
 ) -> str:
     """The whole of docs/results.md."""
     study, source = loss["study"], loss["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     tokens = loss["runs"][0]["tokens"]
+    parts = "".join(
+        (
+            report_first_tokens.section(firsts, noise(loss)),
+            train_steps(steps),
+            report_runs.large(runs),
+            report_runs.resumed(resumed),
+        )
+    )
     return f"""# Results
 
 Written by `python -m benchmarks.report` from `benchmarks/results/`; no number here is typed.
@@ -102,42 +127,9 @@ steps, past the first tenth, whose gradient norm exceeded the clipping threshold
 
 {lessons(loss)}
 
-{train_steps(steps)}{large_runs(runs)}## CPU
+{parts}## CPU
 
 {cpu_tables(cpus)}
-"""
-
-
-def large_runs(runs: list[dict[str, Any]]) -> str:
-    """A section on models that fill a GPU; nothing where none was run."""
-    if not runs:
-        return ""
-    rows = [
-        [
-            f"{run['model']}, {run['recipe']}",
-            run["device"],
-            "{master}, {first_moment}, {second_moment}".format(**run["optimizer"]),
-            run["remat"],
-            "scanned" if run["scan_layers"] else "written out",
-            " x ".join(str(n) for n in run["batch_size, seq_len"]),
-            f"{run['tokens_per_s']:,.0f}",
-            f"{run['peak_bytes'] / 2**30:.1f}",
-            f"{run['planned_bytes'] / run['peak_bytes'] - 1:+.2%}",
-            f"{len(run['loss'])}",
-            f"{run['loss'][0]:.2f} to {run['loss'][-1]:.2f}",
-        ]
-        for run in runs
-    ]
-    head = ["run", "device", "weights, moments", "remat", "layers", "tokens a step", "tokens/s",
-            "peak GiB", "plan, off by", "steps", "loss"]  # fmt: skip
-    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
-    return f"""## Large models on one GPU
-
-Whole models, by `python -m train.main`; few steps, which tell speed and memory, not quality. Commit
-{commits}.
-
-{_markdown(head, rows)}
-
 """
 
 
@@ -258,15 +250,15 @@ def loss_table(loss: dict[str, Any]) -> str:
 def lessons(loss: dict[str, Any]) -> str:
     """What the numbers say, worded by their signs and sizes."""
     gap = {variant: statistics.mean(_gaps(loss, variant)) for variant in _by_variant(loss)}
-    noise = statistics.stdev([run["valid_loss"] for run in _by_variant(loss)["bf16"]])
+    seeds = noise(loss)
     norm = {
         variant: statistics.mean(run["grad_norm"] for run in runs)
         for variant, runs in _by_variant(loss).items()
     }
     lines = [
-        f"BF16 itself moves by {noise:.4f} nats (standard deviation) from seed to seed.",
-        f"FP8 with the same scaling {_costs(gap['fp8'], noise)}.",
-        f"The bare cast to FP4 {_costs(gap['fp4_cast'], noise)}; clamping and compensating "
+        f"BF16 itself moves by {seeds:.4f} nats (standard deviation) from seed to seed.",
+        f"FP8 with the same scaling {_costs(gap['fp8'], seeds)}.",
+        f"The bare cast to FP4 {_costs(gap['fp4_cast'], seeds)}; clamping and compensating "
         f"outliers brings that to {gap['cast + OCC']:+.4f}.",
         f"DGE moves the loss by {gap['cast + DGE'] - gap['fp4_cast']:+.4f} without OCC and by "
         f"{gap['fp4'] - gap['cast + OCC']:+.4f} with it. That is larger than the whole cost of "
@@ -289,6 +281,11 @@ def lessons(loss: dict[str, Any]) -> str:
             "paper's own, over 100 billion tokens, end with FP4 0.06 to 0.10 above BF16."
         )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def noise(loss: dict[str, Any]) -> float:
+    """Standard deviation over seeds of BF16's validation loss, nats a token."""
+    return statistics.stdev([run["valid_loss"] for run in _by_variant(loss)["bf16"]])
 
 
 def _closing(loss: dict[str, Any]) -> str:

@@ -147,8 +147,11 @@ class NoTrace(Exception):
     """The profiler saw no kernels, or not those of every window."""
 
 
-def traced(sides: Sequence[Side], calls: int) -> list[list[Event]]:
-    """Runs the sides one after the other under the profiler; the events of each, in order."""
+def traced(sides: Sequence[Side], calls: int, device: str = "/device:GPU") -> list[list[Event]]:
+    """Runs the sides one after the other under the profiler; the events of each, in order.
+
+    Of all devices whose names in the trace begin with ``device``.
+    """
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = 1
     options.python_tracer_level = 0
@@ -165,7 +168,7 @@ def traced(sides: Sequence[Side], calls: int) -> list[list[Event]]:
         files = sorted(Path(folder).rglob("*.xplane.pb"))
         if not files:
             raise NoTrace("the profiler wrote no trace")
-        return assign(jax.profiler.ProfileData.from_file(str(files[-1])), len(sides))
+        return assign(jax.profiler.ProfileData.from_file(str(files[-1])), len(sides), device)
 
 
 def assign(
@@ -338,15 +341,26 @@ def main(
     log.say(f"{source['device']}, commit {source['commit']}")
     results = {"provenance": source, "quick": arguments.quick, **run(log, arguments.quick)}
     results["errors"] = log.errors
-    device = re.sub(r"[^a-z0-9]+", "-", source["device"].lower()).strip("-")
-    out = arguments.out / f"{name}-{device}{'-quick' * arguments.quick}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    log.say(f"wrote {out}")
+    log.say(f"wrote {write(name, results, arguments.out)}")
     print(table(results))
     for error in log.errors:
         print(f"ERROR {error}")
     return 1 if log.errors else 0
+
+
+def write(name: str, results: dict[str, Any], folder: Path) -> Path:
+    """Writes a benchmark's results to NAME-DEVICE.json, of a quick look to NAME-DEVICE-quick.json.
+
+    Args:
+        name: of the benchmark.
+        results: with ``provenance``, and whether it was ``quick``.
+        folder: made if it is not there.
+    """
+    device = re.sub(r"[^a-z0-9]+", "-", results["provenance"]["device"].lower()).strip("-")
+    out = folder / f"{name}-{device}{'-quick' * results['quick']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    return out
 
 
 def gpu_provenance() -> dict[str, Any]:

@@ -13,11 +13,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks.timing import Event, Log, Side, main, markdown, measure
 from jfp4.models.config import MODELS, LlamaConfig
 from jfp4.recipe import RECIPES as PRESETS
 from train.config import TrainConfig
+from train.placement import Placement
+from train.plan import compiler_options, jitted_step
 from train.step import Trainer
 
 SEQUENCES, LENGTH = 8, 2048
@@ -27,7 +30,7 @@ RECIPES = ("bf16", "fp8", "fp4")
 PARTS: dict[str, str] = {
     "optimizer": r"op:.*\boptimizer\b|kernel:.*AdamW",
     "attention": r"kernel:.*(fmha|flash|sdpa|cudnn)",
-    "quantise": r"kernel:.*(RowsKernel|TransposeKernel|\w*AmaxKernel|\w*TileKernel|"
+    "quantise": r"kernel:.*(RowsKernel|TransposeKernel|StripKernel|\w*AmaxKernel|\w*TileKernel|"
     r"ThresholdsKernel|Any\w*Kernel)",
     "GeMM": r"kernel:.*(GemmKernel|gemm|nvjet|cutlass|cublas)",
 }
@@ -55,13 +58,14 @@ def step_times(log: Log, model: str) -> dict[str, Any]:
         )
         for recipe in RECIPES
     }  # fmt: skip
-    compiled = {recipe: _Step(config) for recipe, config in configs.items()}
+    compiled = {recipe: CompiledStep(config) for recipe, config in configs.items()}
+    scopes = {recipe: scopes_of(step.hlo) for recipe, step in compiled.items()}
     times = measure(
-        {recipe: step.side for recipe, step in compiled.items()},
+        {recipe: step.side() for recipe, step in compiled.items()},
         calls=2,
         rounds=4,
         wall=False,
-        label=lambda side, event: part_of(event, compiled[side].scopes),
+        label=lambda side, event: part_of(event, scopes[side]),
     )
     for result in times.values():
         result |= without_scopes(result.pop("parts"))
@@ -78,26 +82,57 @@ def step_times(log: Log, model: str) -> dict[str, Any]:
     return {"model": model, "layers": LAYERS, "tokens": tokens, "times": times}
 
 
-class _Step:
-    """A compiled step and its state, which every call replaces."""
+class CompiledStep:
+    """A configuration's train step, compiled for its mesh; the state is made when it is to run.
 
-    def __init__(self, config: TrainConfig) -> None:
-        trainer = Trainer(config)
-        batch = jax.random.randint(
-            jax.random.key(0), trainer.batch_shape().shape, 0, config.llama.vocab_size
-        )
-        state = jax.jit(trainer.init)()
-        step = jax.jit(trainer.step, donate_argnums=0).lower(state, batch).compile()
-        memory: Any = step.memory_analysis()
+    Attributes:
+        config: the configuration.
+        state_bytes: of the state and the batch on one device.
+        temp_bytes: of what the step needs beside them.
+        hlo: text of the compiled program.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        placement: Placement | None = None,
+        options: dict[str, str | bool] | None = None,
+    ) -> None:
+        """Compiles the step and what makes the state, of abstract shapes.
+
+        Args:
+            config: of the run.
+            placement: where its arrays lie; None is on the first device.
+            options: what XLA is asked for; None is what the trainer would ask for.
+        """
+        self.config = config
+        self._placement = Placement() if placement is None else placement
+        trainer = Trainer(config, self._placement)
+        if options is None:
+            options = compiler_options(config, self._placement)
+        with self._placement.in_force():
+            self._init = jax.jit(trainer.init, out_shardings=trainer.shardings).lower().compile()
+            lowered = jitted_step(trainer).lower(trainer.abstract_state(), trainer.batch_shape())
+            self._step = lowered.compile(compiler_options=options)
+        memory: Any = self._step.memory_analysis()
+        self.state_bytes = int(memory.argument_size_in_bytes)
         self.temp_bytes = int(memory.temp_size_in_bytes)
-        self.scopes = scopes_of(step.as_text() or "")
+        self.hlo = self._step.as_text() or ""
+
+    def side(self) -> Side:
+        """The step on a state of its own, which every call replaces, and one batch."""
+        c, rows = self.config, self._placement.rows(self.config.batch_size)
+        shape = (c.batch_size, c.seq_len + 1)
+        batch = np.random.default_rng(0).integers(c.llama.vocab_size, size=shape, dtype=np.int32)
+        placed = self._placement.put(batch[rows], c.batch_size)
+        state = self._init()
 
         def call(_: int) -> Any:
             nonlocal state
-            state, metrics = step(state, batch)
+            state, metrics = self._step(state, placed)
             return metrics
 
-        self.side = Side(call)
+        return Side(call)
 
 
 def scopes_of(hlo: str) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """AdamW by its kernel: the chain's step, in the same state and in place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,12 @@ def optimizer_of(first, second, seed=None):
     )
 
 
+@functools.cache
+def step_of(optimizer):
+    """The step, which is compiled once for each back end that it is called with."""
+    return jax.jit(lambda *args, n: optimizer.step(*args, scale=1 / 8, seed=7, step=n))
+
+
 def follow(optimizer, format, backends, bad=None):
     """Stored parameters, state and norm after a step by each of the back ends."""
     params = jax.tree.map(jnp.asarray, PARAMS)
@@ -50,8 +58,7 @@ def follow(optimizer, format, backends, bad=None):
         if number == bad:
             grads["vector"][1] = np.nan
         with jfp4.backend(name):
-            step = jax.jit(lambda *args, n: optimizer.step(*args, scale=1 / 8, seed=7, step=n))
-            stored, state, norm = step(stored, state, grads, n=number)
+            stored, state, norm = step_of(optimizer)(stored, state, grads, n=number)
     return stored, state, norm
 
 

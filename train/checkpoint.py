@@ -1,22 +1,30 @@
 """Checkpoints: the train state by orbax, asynchronously, the newest few kept."""
 
+import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import psutil
+from orbax.checkpoint._src.metadata.array_metadata_store import Store  # exported nowhere
 
 from train.config import CheckpointConfig
 from train.errors import UserError
 from train.step import TrainState
+
+CHUNK = 64 * 2**20
+"""Bytes in which an array is compressed, each chunk by a core of its own."""
 
 
 class Checkpoints:
@@ -24,15 +32,28 @@ class Checkpoints:
 
     A save is complete or absent: orbax writes beside its place and renames, so a run killed in the
     middle of one resumes from the one before.
+
+    Attributes:
+        host_bytes: of a state that may be copied to host memory whole, to be written while the run
+            goes on. What is larger is saved in parts of at most as much, or of one array, and the
+            run waits.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         # Orbax reports every step of its own, and as a traceback each error that it raises too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        if config.host_gib is None:
+            # What is copied stands twice, as it came from the device and as it is written, and
+            # the memory of this moment is not all there will be.
+            self.host_bytes = psutil.virtual_memory().available // 4
+        else:
+            self.host_bytes = int(config.host_gib * 2**30)
+        types = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, _InParts(self.host_bytes)), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        )
         self._manager = ocp.CheckpointManager(
             (run_dir / "checkpoints").absolute(),
-            # Named here, or metadata could be read only after this manager's first save.
-            item_handlers=ocp.StandardCheckpointHandler(),
+            item_handlers=ocp.PyTreeCheckpointHandler(type_handler_registry=types),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep, enable_async_checkpointing=True
             ),
@@ -41,6 +62,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Steps done at the newest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
+
+    def in_parts(self, state: TrainState) -> bool:
+        """Whether a state, which may be abstract, is saved in parts while the run waits."""
+        return sum(map(_held, jax.tree.leaves(state))) > self.host_bytes
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts saving; returns once the device's buffers may be written again.
@@ -53,13 +78,16 @@ class Checkpoints:
         # The next step reuses the state's memory while orbax still writes. Where memory is the
         # host's, orbax would read from there.
         arrays = _named_leaves(state)
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and not self.in_parts(state):
             arrays = jax.tree.map(jnp.copy, arrays)
         self.wait()
         if shutil.disk_usage(self._manager.directory).free < sum(a.nbytes for a in arrays.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # cleaner than half a save
+        chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK))
         with _os_errors():
-            self._manager.save(step, args=ocp.args.StandardSave(arrays))
+            self._manager.save(step, args=ocp.args.PyTreeSave(arrays, save_args=chunks))
+        if self.in_parts(state):
+            self.wait()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads a checkpoint into the shapes, dtypes and shardings of ``abstract``.
@@ -70,16 +98,22 @@ class Checkpoints:
             UserError: it is of another model; what differs is named.
         """
         wanted = _named_leaves(abstract)
-        kept = self._manager.item_metadata(step).tree
-        shapes = {name: tuple(leaf.shape) for name, leaf in kept.items()}
-        for name, leaf in wanted.items():
-            if shapes.get(name) != tuple(leaf.shape):
-                raise UserError(
-                    f"checkpoint {step} is of another model: {name} has shape "
-                    f"{shapes.get(name, 'none')}, this model's {tuple(leaf.shape)}; give the "
-                    "flags of the run it is of, or another run_dir"
-                )
-        arrays = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
+        path = self._manager.directory / str(step) / "default"
+        # An array is refused that is not smaller than what may be under way at a time.
+        largest = max(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+        under_way = max(self.host_bytes, 2 * largest) / 10**9
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=under_way)
+        with contextlib.closing(ocp.Checkpointer(handler)) as reader:
+            kept = reader.metadata(path).item_metadata.tree
+            shapes = {name: tuple(leaf.shape) for name, leaf in kept.items()}
+            for name, leaf in wanted.items():
+                if shapes.get(name) != tuple(leaf.shape):
+                    raise UserError(
+                        f"checkpoint {step} is of another model: {name} has shape "
+                        f"{shapes.get(name, 'none')}, this model's {tuple(leaf.shape)}; give the "
+                        "flags of the run it is of, or another run_dir"
+                    )
+            arrays = reader.restore(path, args=ocp.args.StandardRestore(wanted))
         leaves = [arrays[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
@@ -100,6 +134,53 @@ class Checkpoints:
         """
         with _os_errors():
             self._manager.close()
+
+
+class _InParts(ocp.type_handlers.ArrayHandler):
+    """Writes arrays that are together larger than a limit one part after the other.
+
+    What is smaller is copied to the host at once and written later, as orbax has it.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Sets the limit, ``most`` bytes; an array that is larger is a part by itself."""
+        super().__init__(array_metadata_store=Store())  # as orbax's own handler of arrays
+        self._most = most
+
+    async def serialize(
+        self, values: Sequence[jax.Array], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        """Starts writing, or has written all; returns what is yet to be waited for."""
+        sizes = [_held(value) for value in values]
+        if sum(sizes) <= self._most:
+            return await super().serialize(values, infos, args)
+        for part in parts(sizes, self._most):
+            own = None if args is None else args[part]
+            writes = await super().serialize(values[part], infos[part], own)
+            await asyncio.gather(*(asyncio.to_thread(write.result) for write in writes))
+        return []
+
+
+def parts(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Cuts a sequence of sizes into runs of at most ``most`` together, or of a single one."""
+    start, total = 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > most:
+            yield slice(start, i)
+            start, total = i, 0
+        total += size
+    yield slice(start, len(sizes))
+
+
+def _held(leaf: Any) -> int:
+    """Bytes of an array, which may be abstract, that this process's devices hold.
+
+    What is replicated counts once for every device.
+    """
+    if getattr(leaf, "sharding", None) is None:
+        return int(leaf.size * leaf.dtype.itemsize)
+    devices = len(leaf.sharding.addressable_devices)
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * devices
 
 
 @contextlib.contextmanager

@@ -125,9 +125,16 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints kept."""
 
+    host_gib: float | None = None
+    """Largest state, in GiB of this process's devices, that is copied to host memory whole and
+    written while training goes on; a larger one goes in parts of that size, and training waits.
+    None: a quarter of the memory that is free when the run begins."""
+
     def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
+        known = self.host_gib is None or self.host_gib > 0
+        _require(known, "checkpoint.host_gib", self.host_gib, "> 0 or None")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,12 @@ def train(
             closing(RunLog(run_dir, start) if speaks else Mute()) as log,
             closing(ProgressLine(config.steps, start) if speaks else Mute()) as line,
         ):
+            if checkpoints.in_parts(trainer.abstract_state()):
+                line.say(
+                    "checkpoints go in parts of at most "
+                    f"{checkpoints.host_bytes / 2**30:.3g} GiB, and training waits for them "
+                    "(--checkpoint.host_gib)"
+                )
             run = _Run(config, run_dir, corpus, trainer, checkpoints, log, line)
             return run.go(state, step_fn)
 
@@ -175,10 +181,10 @@ class _Run:
             if step == c.steps:
                 line["peak_bytes"] = peak_bytes()
             self.log.step(line)
+        self.log.flush()  # a run that is killed leaves the lines of what it reported
         self.line.report(last, line["loss"], speed, (c.steps - last) * a_step / speed)
         if evaluated is not None:
             self.line.say(f"step {last}/{c.steps}  validation loss {self.valid_loss:.4f}")
-            self.log.flush()
             self._plot()
         self._check_skipped(max(int(value["skipped_in_a_row"]) for value in values), last)
         self._check_overflow(any(bool(value.get("overflowed", False)) for value in values), last)
@@ -186,7 +192,6 @@ class _Run:
 
     def _check_skipped(self, in_a_row: int, step: int) -> None:
         if in_a_row >= self.config.optimizer.max_skipped:
-            self.log.flush()
             raise UserError(
                 f"the gradient was not finite for {in_a_row} steps in a row, up to step {step}; "
                 "the parameters of the last finite step are kept: lower --lr, or look at "
@@ -195,7 +200,6 @@ class _Run:
 
     def _check_overflow(self, overflowed: bool, step: int) -> None:
         if overflowed:
-            self.log.flush()
             raise UserError(
                 f"a weight reached 64 by step {step}, more than it can in float16: start again "
                 "with --optimizer.master=bfloat16 or float32, or with a lower --lr"

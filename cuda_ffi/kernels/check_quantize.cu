@@ -2,7 +2,8 @@
 // them.
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. -Xcompiler -ffp-contract=off
-//       cuda_ffi/kernels/{check_quantize,quantize,thresholds}.cu -o check_quantize
+//       cuda_ffi/kernels/{check_quantize,hopper,thresholds}.cu
+//       cuda_ffi/kernels/quantize_{rows,columns,gradient,any}.cu -o check_quantize
 //   ./check_quantize          # correctness; small enough for compute-sanitizer
 //   ./check_quantize bench    # times
 #include <cuda_fp16.h>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -119,14 +121,13 @@ float Clip(float v, const Clipping& clip) {
   return low < *clip.hi ? low : *clip.hi;
 }
 
-// A slice: `n` elements `stride` apart.
+// A slice: `n` elements `stride` apart, whose largest magnitude is taken to be at least `floor`.
 void QuantizeSlice(const float* x, int64_t n, int64_t stride, Format format, const Clipping& clip,
-                   uint8_t* codes, float* scale) {
-  float amax = 0;
-  for (int64_t i = 0; i < n; ++i) {
+                   float floor, uint8_t* codes, float* scale) {
+  float amax = floor;
+  for (int64_t i = 0; i < n && !std::isnan(amax); ++i) {
     const float magnitude = std::fabs(Clip(x[i * stride], clip));
     if (!(magnitude <= amax)) amax = magnitude;
-    if (std::isnan(amax)) break;
   }
   const float inverse_max = static_cast<float>(1 / Grid(format).back());
   const float least = static_cast<float>(std::ldexp(1.0, -126) / (Grid(format)[1] / 2));
@@ -152,10 +153,10 @@ void QuantizeSlice(const float* x, int64_t n, int64_t stride, Format format, con
   }
 }
 
-// [rows, cols] at a time; a scale a row or a column.
+// [rows, cols] at a time; a scale a row or a column. No floors are zeros.
 void Quantize(const Floats& x, int64_t batch, int64_t rows, int64_t cols, bool by_row,
-              Format format, const Floats& lo, const Floats& hi, bool compensate, Bytes* codes,
-              Floats* scale) {
+              Format format, const Floats& lo, const Floats& hi, bool compensate,
+              const Floats& floors, Bytes* codes, Floats* scale) {
   codes->assign(batch * rows * cols, 0);
   scale->assign(batch * (by_row ? rows : cols), 0);
   for (int64_t b = 0; b < batch; ++b) {
@@ -163,12 +164,15 @@ void Quantize(const Floats& x, int64_t batch, int64_t rows, int64_t cols, bool b
                            compensate};
     const float* from = x.data() + b * rows * cols;
     uint8_t* to = codes->data() + b * rows * cols;
-    for (int64_t i = 0; i < (by_row ? rows : cols); ++i) {
+    const int64_t slices = by_row ? rows : cols;
+    for (int64_t i = 0; i < slices; ++i) {
+      const int64_t slice = b * slices + i;
+      const float floor = floors.empty() ? 0 : floors[slice];
       if (by_row) {
-        QuantizeSlice(from + i * cols, cols, 1, format, clip, to + i * cols,
-                      &(*scale)[b * rows + i]);
+        QuantizeSlice(from + i * cols, cols, 1, format, clip, floor, to + i * cols,
+                      &(*scale)[slice]);
       } else {
-        QuantizeSlice(from + i, rows, cols, format, clip, to + i, &(*scale)[b * cols + i]);
+        QuantizeSlice(from + i, rows, cols, format, clip, floor, to + i, &(*scale)[slice]);
       }
     }
   }
@@ -392,8 +396,9 @@ std::vector<Shape> SmallShapes() {
 }
 
 std::vector<Shape> LargeShapes() {
-  return {{1, 127, 5119}, {1, 5119, 127}, {1, 512, 5120}, {1, 48, 13824}, {1, 16, 11008},
-          {1, 16, 32768}, {1, 16, 33024}, {1, 2, 40000},  {1, 5120, 264}, {2, 160, 4096}};
+  return {{1, 127, 5119}, {1, 5119, 127}, {1, 512, 5120}, {1, 48, 13824},
+          {1, 16, 11008}, {1, 16, 32768}, {1, 16, 33024}, {1, 2, 40000},
+          {1, 5120, 264}, {2, 160, 4096}, {20, 14400, 8}};
 }
 
 // Thresholds in turn: usual ones, some that everything or nothing is beyond, NaN, subnormal,
@@ -408,6 +413,16 @@ void MakeLimits(int64_t batch, int kind, Floats* lo, Floats* hi) {
     lo->push_back(pair[0]);
     hi->push_back(pair[1]);
   }
+}
+
+// Floors of the largest magnitudes: for every other kind, of every sort in turn.
+Floats MakeFloors(int64_t count, int kind) {
+  if (kind % 2 == 0) return {};
+  const float kInfinity = std::numeric_limits<float>::infinity();
+  const float floors[] = {0, 2.5f, 100, 0, 1e-40f, 1e30f, 0, kInfinity, 3e38f, 1, NAN};
+  Floats result;
+  for (int64_t i = 0; i < count; ++i) result.push_back(floors[(i + kind) % std::size(floors)]);
+  return result;
 }
 
 struct Setting {
@@ -434,7 +449,9 @@ void CheckRowsOrColumns(Group* group, const Setting& s, const Shape& shape, bool
   if (s.clip > 0) MakeLimits(batch, kind, &lo, &hi);
   Bytes codes;
   Floats scale;
-  Quantize(x.values, batch, rows, cols, by_row, s.format, lo, hi, s.clip == 2, &codes, &scale);
+  const Floats floors = MakeFloors(batch * (by_row ? rows : cols), kind);
+  Quantize(x.values, batch, rows, cols, by_row, s.format, lo, hi, s.clip == 2, floors, &codes,
+           &scale);
   const Bytes codes_t = Transpose(codes, batch, rows, cols);
   const bool packs = s.format == Format::kE2M1 && s.clip < 2;
   const Bytes packed = !packs   ? Bytes()
@@ -442,6 +459,8 @@ void CheckRowsOrColumns(Group* group, const Setting& s, const Shape& shape, bool
                                 : Pack(codes_t, batch * cols, rows);
 
   const Buffer x_buffer(x.stored, aligned), lo_buffer(BytesOf(lo)), hi_buffer(BytesOf(hi));
+  const Buffer floors_buffer(BytesOf(floors));
+  const float* const amax_floor = floors.empty() ? nullptr : floors_buffer.As<float>();
   const QuantizeInput in = {x_buffer.As<void>(), s.type, batch, rows, cols};
   Outliers outliers;
   if (s.clip > 0) outliers = {lo_buffer.As<float>(), hi_buffer.As<float>(), s.clip == 2};
@@ -454,12 +473,12 @@ void CheckRowsOrColumns(Group* group, const Setting& s, const Shape& shape, bool
     uint8_t* const packed_out = outputs & 4 ? packed_buffer.As<uint8_t>() : nullptr;
     cudaError_t error;
     if (by_row) {
-      error = LaunchQuantizeRows(
-          {in, outliers, s.format, codes_out, codes_t_out, packed_out, scale_buffer.As<float>()},
-          nullptr);
+      error = LaunchQuantizeRows({in, outliers, s.format, codes_out, codes_t_out, packed_out,
+                                  scale_buffer.As<float>(), amax_floor},
+                                 nullptr);
     } else {
       error = LaunchQuantizeColumns({in, outliers, s.format, codes_out, codes_t_out, packed_out,
-                                     scale_buffer.As<float>(), amax.As<float>()},
+                                     scale_buffer.As<float>(), amax.As<float>(), amax_floor},
                                     nullptr);
     }
     Check(error, "launch");
@@ -496,8 +515,13 @@ void CheckGradient(Group* group, const Setting& s, const Shape& shape, int kind,
   }
   Bytes codes, col_codes;
   Floats row_scale, col_scale;
-  Quantize(by_row, batch, rows, cols, true, s.format, {}, {}, false, &codes, &row_scale);
-  Quantize(by_col, batch, rows, cols, false, s.format, {}, {}, false, &col_codes, &col_scale);
+  // Of the rows, of the columns, of both, of neither.
+  const Floats row_floors = MakeFloors(batch * rows, kind),
+               col_floors = MakeFloors(batch * cols, kind / 2);
+  Quantize(by_row, batch, rows, cols, true, s.format, {}, {}, false, row_floors, &codes,
+           &row_scale);
+  Quantize(by_col, batch, rows, cols, false, s.format, {}, {}, false, col_floors, &col_codes,
+           &col_scale);
   const Bytes codes_t = Transpose(col_codes, batch, rows, cols);
 
   const Buffer x_buffer(x.stored, aligned);
@@ -505,6 +529,7 @@ void CheckGradient(Group* group, const Setting& s, const Shape& shape, int kind,
   const Buffer codes_buffer(codes.size(), aligned), codes_t_buffer(codes_t.size(), aligned);
   const Buffer row_scale_buffer(row_scale.size() * 4), col_scale_buffer(col_scale.size() * 4);
   const Buffer amax((row_scale.size() + col_scale.size()) * 4);
+  const Buffer row_floors_buffer(BytesOf(row_floors)), col_floors_buffer(BytesOf(col_floors));
   Check(LaunchQuantizeGradient({{x_buffer.As<void>(), s.type, batch, rows, cols},
                                 s.format,
                                 col_factor_buffer.As<float>(),
@@ -513,7 +538,9 @@ void CheckGradient(Group* group, const Setting& s, const Shape& shape, int kind,
                                 row_scale_buffer.As<float>(),
                                 codes_t_buffer.As<uint8_t>(),
                                 col_scale_buffer.As<float>(),
-                                amax.As<float>()},
+                                amax.As<float>(),
+                                row_floors.empty() ? nullptr : row_floors_buffer.As<float>(),
+                                col_floors.empty() ? nullptr : col_floors_buffer.As<float>()},
                                nullptr),
         "launch");
   Check(cudaDeviceSynchronize(), "kernel");
@@ -537,7 +564,7 @@ void CheckFlushEdge() {
     x[0] = 6 * r;
     Bytes codes;
     Floats scale;
-    Quantize(x, 1, 1, 64, true, Format::kE2M1, {lo}, {1e30f}, true, &codes, &scale);
+    Quantize(x, 1, 1, 64, true, Format::kE2M1, {lo}, {1e30f}, true, {}, &codes, &scale);
     const Buffer x_buffer(BytesOf(x)), lo_buffer(BytesOf({lo})), hi_buffer(BytesOf({1e30f}));
     const Buffer codes_buffer(64), scale_buffer(4);
     Check(LaunchQuantizeRows({{x_buffer.As<void>(), DType::kF32, 1, 1, 64},

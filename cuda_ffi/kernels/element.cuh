@@ -227,13 +227,12 @@ __device__ __forceinline__ float FromByte(uint32_t bytes) {
 template <Format kFormat>
 __device__ __forceinline__ float RoundToGrid(float v) {
   if constexpr (kFormat == Format::kE2M1) {
-    // The last place of anchor = 1.5 * 2^(22 + e) is the step of the binade 2^e that v is in (0 to
-    // 1 has that of 1 to 2): float32's own rounding of v + anchor is the one wanted, and taking
-    // anchor off again is exact. Its product with 2^22 costs nothing inside the fused operations.
-    constexpr uint32_t kHalf = 0x00400000;  // the top bit of the mantissa
-    const float binade = fmaxf(fabsf(v), 1.0f);
-    const float anchor = __uint_as_float((__float_as_uint(binade) & kInfinityBits) | kHalf);
-    return __fmaf_rn(anchor, -0x1p22f, __fmaf_rn(anchor, 0x1p22f, v));
+    // The last place of 1.5 * 2^(22 + e) is the step of the binade 2^e that v is in (0 to 1 has
+    // that of 1 to 2): float32's own rounding of their sum is the one wanted, and taking the anchor
+    // off again is exact. Made inside the fused operations, it costs one instruction to find 2^e.
+    constexpr float kAnchor = 0x1.8p22f;
+    const float step = __uint_as_float(__float_as_uint(fmaxf(fabsf(v), 1.0f)) & kInfinityBits);
+    return __fmaf_rn(step, -kAnchor, __fmaf_rn(step, kAnchor, v));
   } else if constexpr (kFormat == Format::kE1M2) {
     constexpr float kAnchor = 0x1.8p22f;  // one step everywhere, 0.5
     return __fsub_rn(__fadd_rn(v, kAnchor), kAnchor);
@@ -277,14 +276,22 @@ __host__ __device__ constexpr Format Carrier(Format format, Clip clip) {
 
 // --- bytes and nibbles ---
 
-// Four E2M1 codes, E4M3 bytes, to four nibbles, the first lowest. By bits of the byte, the nibble
-// is 7 6 3 2: for 0.5, which alone has 5 set and 3 clear, the last is to be set, too.
-__device__ __forceinline__ uint32_t ToNibbles(uint32_t bytes) {
+// Four E2M1 codes, E4M3 bytes, to four nibbles in bytes 0 and 2, the first lowest. By bits of the
+// byte, the nibble is 7 6 3 2: for 0.5, which alone has 5 set and 3 clear, the last is to be set,
+// too.
+__device__ __forceinline__ uint32_t NibblesApart(uint32_t bytes) {
   const uint32_t last = bytes >> 2 | (bytes >> 5 & ~(bytes >> 3));
   const uint32_t nibbles =
       (last & 0x01010101) | (bytes >> 2 & 0x02020202) | (bytes >> 4 & 0x0C0C0C0C);
-  const uint32_t pairs = nibbles | nibbles >> 4;  // in bytes 0 and 2
-  return __byte_perm(pairs, 0, 0x4420);
+  return nibbles | nibbles >> 4;
+}
+
+// The same in bytes 0 and 1, and of eight codes in all four.
+__device__ __forceinline__ uint32_t ToNibbles(uint32_t bytes) {
+  return __byte_perm(NibblesApart(bytes), 0, 0x4420);
+}
+__device__ __forceinline__ uint32_t ToNibbles(uint32_t first, uint32_t second) {
+  return __byte_perm(NibblesApart(first), NibblesApart(second), 0x6420);
 }
 
 // Transposes 4 x 4 bytes: in, a word a row; out, a word a column.

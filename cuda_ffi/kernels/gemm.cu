@@ -1,14 +1,20 @@
-// One persistent block an SM, in clusters of two. A cluster computes 256 x 128 of y: each block 128
-// rows of it, both the same columns, so that each loads half of b's tile and sends it to both. One
-// warp feeds a ring of shared-memory stages through the copy engine. Two warpgroups multiply, by
-// turns, a tile each: while one writes its tile, through shared memory, the other has the tensor
-// cores to itself. Promotion needs a second set of accumulators, so there they share a tile.
+// One persistent block an SM, in clusters of two. A cluster computes 256 rows of y by one tile's
+// columns: each block 128 of the rows, both the same columns, so that each loads half of b's tile
+// and sends it to both. One warp feeds a ring of shared-memory stages through the copy engine. Two
+// warpgroups multiply, by turns, a tile each: while one writes its tile, through shared memory, the
+// other has the tensor cores to itself. Promotion needs a second set of accumulators, so there they
+// share a tile.
+//
+// What bounds the rate, beside power, is what L2 delivers: so tiles are wide, the clusters at work
+// read few columns of b and the same rows of a at about the same time, and each takes its next tile
+// when it has room for one, since those that are nearer to L2 are faster.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "cuda_ffi/kernels/element.cuh"
 #include "cuda_ffi/kernels/gemm.h"
@@ -21,7 +27,6 @@ namespace {
 constexpr int kCluster = 2;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kBlockM = 128;
-constexpr int kBlockN = 128;
 constexpr int kBlockK = 128;  // bytes, one swizzle row
 constexpr int kWgmmaM = 64;
 constexpr int kWgmmaK = 32;
@@ -30,31 +35,51 @@ constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 64 * 1024);
 
-// The store goes in boxes of 64 rows of 128 bytes, two of them in flight a warpgroup.
+// A tile's columns. The more they are, the less is read for each product; but the more is computed
+// past the end, too, where tiles are few, and the fewer registers are left to the epilogue. The
+// widest have two warpgroups share a tile, so that its epilogue is not hidden.
+constexpr int kNarrow = 128;
+constexpr int kMedium = 160;
+constexpr int kWide = 192;
+constexpr int kJoint = 256;
+
+// The store goes in boxes of 64 rows of 128 bytes.
 constexpr int kStoreBytes = kWgmmaM * 128;
-constexpr int kStoreBuffers = 2;
 
 constexpr int kAlignment = 1024;  // of a 128-byte-swizzled tile
 
-// Rows of clusters that are walked together, so that the blocks at work share both operands in L2.
-constexpr int kRasterRows = 8;
+// Columns of b, about, that the blocks at work share in L2 while they go down the rows of a.
+constexpr int kBandCols = 2560;
 
+template <int kBlockN>
 struct Stage {
   uint8_t a[kBlockM * kBlockK];
   uint8_t b[kBlockN * kBlockK];
 };
 
-constexpr int kStages = 6;
+// As many stages, and boxes of a warpgroup's store in flight, as fit.
+template <int kBlockN>
+constexpr int kStages = kBlockN == kNarrow ? 6 : kBlockN == kJoint ? 4 : 5;
+template <int kBlockN>
+constexpr int kStoreBuffers = kBlockN == kNarrow || kBlockN == kJoint ? 2 : 1;
 
+template <int kBlockN>
 struct Shared {
-  Stage stages[kStages];
-  uint8_t store[kConsumers][kStoreBuffers][kStoreBytes];
-  uint64_t full[kStages];
-  uint64_t empty[kStages];
+  Stage<kBlockN> stages[kStages<kBlockN>];
+  uint8_t store[kConsumers][kStoreBuffers<kBlockN>][kStoreBytes];
+  uint64_t full[kStages<kBlockN>];
+  uint64_t empty[kStages<kBlockN>];
   uint64_t turn[kConsumers];
+  // The cluster's next tiles, as indices into the schedule, the even and the odd ones apart: with
+  // turns, a warpgroup sees every phase of its own.
+  uint32_t next[kConsumers];
+  uint64_t next_full[kConsumers];
+  uint64_t next_empty[kConsumers];  // of the first block's, for both
 };
-constexpr int kSharedBytes = sizeof(Shared) + kAlignment;
-static_assert(kSharedBytes <= 227 * 1024);
+template <int kBlockN>
+constexpr int kSharedBytes = sizeof(Shared<kBlockN>) + kAlignment;
+static_assert(std::max({kSharedBytes<kNarrow>, kSharedBytes<kMedium>, kSharedBytes<kWide>,
+                        kSharedBytes<kJoint>}) <= 227 * 1024);
 
 struct Params {
   int batch, m, n, k;
@@ -68,10 +93,12 @@ struct Params {
   Slope slope;
   void* y;
   DType out_type;
-  bool bulk_store;  // whether y's rows are multiples of 16 bytes, as the copy engine wants them
+  uint32_t* counter;  // or null, to deal tiles out evenly
+  bool bulk_store;
 };
 
 // A place in the ring of stages, and the parity of the phase that its barriers are in.
+template <int kStages>
 struct Ring {
   int stage = 0;
   int parity = 0;
@@ -93,23 +120,29 @@ struct Tile {
   int batch, row, col;  // row and col in elements, of this block
 };
 
+// The order of tiles: in bands of columns, down the rows of a band, along the columns of a row.
+template <int kBlockN>
 struct Schedule {
   int rows, cols, total;  // in clusters
+  int band;               // columns of one
 
   __host__ __device__ Schedule(int batch, int m, int n)
       : rows((m + kCluster * kBlockM - 1) / (kCluster * kBlockM)),
         cols((n + kBlockN - 1) / kBlockN),
-        total(batch * rows * cols) {}
+        total(batch * rows * cols) {
+    // Of about the same width, all of them.
+    const int bands = max(1, (cols * kBlockN + kBandCols / 2) / kBandCols);
+    band = (cols + bands - 1) / bands;
+  }
 
   __device__ Tile operator[](int index) const {
     const int batch = index / (rows * cols);
     index -= batch * rows * cols;
-    const int band = index / (kRasterRows * cols);
-    const int band_rows = min(kRasterRows, rows - band * kRasterRows);
-    index -= band * kRasterRows * cols;
-    const int row = band * kRasterRows + index % band_rows;
-    return {batch, (row * kCluster + static_cast<int>(ClusterRank())) * kBlockM,
-            index / band_rows * kBlockN};
+    const int first = index / (rows * band) * band;
+    index -= first * rows;
+    const int width = min(band, cols - first);
+    const int row = index / width, col = first + index % width;
+    return {batch, (row * kCluster + static_cast<int>(ClusterRank())) * kBlockM, col * kBlockN};
   }
 };
 
@@ -117,13 +150,14 @@ template <DType kType>
 using Type = std::integral_constant<DType, kType>;
 
 // The accumulators of 64 rows and all columns of a tile, over a warpgroup.
+template <int kBlockN>
 using Sums = float[kBlockN / 2];
 
 // Scales, rank terms and bias, in FP32 and in this order. Register 4 j + 2 h + c of half i is row
 // row + 64 i + 8 h and column col + 8 j + c.
-template <int kHalves>
+template <int kBlockN, int kHalves>
 __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int col,
-                                       Sums (&y)[kHalves]) {
+                                       Sums<kBlockN> (&y)[kHalves]) {
   constexpr int kRows = 2 * kHalves;
   const int64_t first_row = int64_t{batch} * p.m, first_col = int64_t{batch} * p.n + col;
   auto of_rows = [&](const float* values, int64_t stride, float (&out)[kRows]) {
@@ -210,10 +244,10 @@ __device__ __forceinline__ float2 LoadPair(const void* w, int64_t row, int first
 }
 
 // Multiplies by the estimator's slope; indices as in Finish.
-template <DType kType, int kHalves>
+template <DType kType, int kBlockN>
 __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int row, int col,
-                                                Sums (&sums)[kHalves]) {
-  constexpr int kRows = 2 * kHalves;
+                                                Sums<kBlockN>& sums) {
+  constexpr int kRows = 2;
   constexpr int kInFlight = 4;  // column pairs whose loads go out together
   const Slope& slope = p.slope;
   // Pairs that lie past an edge are read inside it and multiply what is not stored.
@@ -227,7 +261,7 @@ __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int 
       const int x = min(col + 8 * (first + i), p.n - 1), y = min(x + 1, p.n - 1);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t in_range = min(row + r / 2 * kWgmmaM + r % 2 * 8, p.m - 1);
+        const int64_t in_range = min(row + 8 * r, p.m - 1);
         w[i][r] = LoadPair<kType>(slope.w, (int64_t{batch} * p.m + in_range) * p.n, x, y, aligned);
       }
       const bool single = slope.scale_size == 1;
@@ -237,7 +271,7 @@ __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int 
     for (int i = 0; i < kInFlight; ++i) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        float* pair = sums[r / 2] + 4 * (first + i) + r % 2 * 2;
+        float* pair = sums + 4 * (first + i) + 2 * r;
         const float2 v = {__fmul_rn(w[i][r].x, inverse[i].x), __fmul_rn(w[i][r].y, inverse[i].y)};
         pair[0] = __fmul_rn(pair[0], SlopeAt(v.x, slope.k, slope.cap));
         pair[1] = __fmul_rn(pair[1], SlopeAt(v.y, slope.k, slope.cap));
@@ -247,41 +281,53 @@ __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int 
   }
 }
 
-__device__ __forceinline__ uint32_t Cast(float first, float second, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ uint32_t Cast(float first, float second, __half) {
-  const __half2 pair = __floats2half2_rn(first, second);
-  return reinterpret_cast<const uint32_t&>(pair);
+// Both of 16 bits. A choice an instruction: two ways through the epilogue would take registers.
+__device__ __forceinline__ uint32_t Cast(DType type, float first, float second) {
+  const __nv_bfloat162 bf16 = __floats2bfloat162_rn(first, second);
+  const __half2 f16 = __floats2half2_rn(first, second);
+  return type == DType::kBF16 ? reinterpret_cast<const uint32_t&>(bf16)
+                              : reinterpret_cast<const uint32_t&>(f16);
 }
 
+// Whether y's rows may be of any length: those of a wide tile leave no registers for it.
+template <int kBlockN>
+constexpr bool kAnyRows = kBlockN == kNarrow;
+
 // Writes 64 rows of a tile, from first_row on, in boxes of 128 bytes a row.
-template <typename Element>
+template <int kBytes, int kBlockN>
 __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
-                                      uint8_t (&buffers)[kStoreBuffers][kStoreBytes], int barrier,
-                                      const Tile& tile, int first_row, const Sums& y) {
-  constexpr int kBoxCols = 128 / sizeof(Element);
-  static_assert(kBlockN % kBoxCols == 0 && kBoxCols % 16 == 0);
+                                      uint8_t (&buffers)[kStoreBuffers<kBlockN>][kStoreBytes],
+                                      int barrier, const Tile& tile, int first_row,
+                                      const Sums<kBlockN>& y) {
+  constexpr int kBuffers = kStoreBuffers<kBlockN>;
+  constexpr int kBoxCols = 128 / kBytes;
+  constexpr int kBoxes = (kBlockN + kBoxCols - 1) / kBoxCols;
+  // Buffers come in the same order in every call.
+  static_assert(kBlockN % 16 == 0 && kBoxCols % 16 == 0 && kBoxes % kBuffers == 0);
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
 #pragma unroll
-  for (int box = 0; box < kBlockN / kBoxCols; ++box) {
-    uint8_t* buffer = buffers[box % kStoreBuffers];
-    if (thread == 0) TensorStoreWaitRead<kStoreBuffers - 1>();
+  for (int box = 0; box < kBoxes; ++box) {
+    // The last box may reach back over columns that are written already, with the same values.
+    constexpr int kLast = kBlockN - kBoxCols;
+    const int box_col = box * kBoxCols < kLast ? box * kBoxCols : kLast;
+    uint8_t* buffer = buffers[box % kBuffers];
+    if (thread == 0) TensorStoreWaitRead<kBuffers - 1>();
     NamedBarrier(barrier, kWarpgroup);
     // The copy engine's 128-byte swizzle: it also spreads a warp's writes over all banks.
     auto at = [&](int row, int byte) {
       return buffer + row * 128 + ((byte / 16 ^ row % 8) * 16 + byte % 16);
     };
-    const int warp_row = thread / kWarp * 16;
+    int warp_row = thread / kWarp * 16;
+    // Addresses are reckoned anew for every box: kept, they would take registers of the sums.
+    asm volatile("" : "+r"(warp_row));
 #pragma unroll
     for (int j = 0; j < kBoxCols / 8; j += 2) {
-      const float* sums = y + (box * kBoxCols / 8 + j) * 4;
-      if constexpr (sizeof(Element) == 2) {
+      const float* sums = y + (box_col / 8 + j) * 4;
+      if constexpr (kBytes == 2) {
         uint32_t pairs[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) pairs[i] = Cast(sums[2 * i], sums[2 * i + 1], Element());
+        for (int i = 0; i < 4; ++i) pairs[i] = Cast(p.out_type, sums[2 * i], sums[2 * i + 1]);
         StoreMatrices(at(warp_row + lane % 16, 16 * (j + lane / 16)), pairs);
       } else {
 #pragma unroll
@@ -292,8 +338,8 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
         }
       }
     }
-    const int first_col = tile.col + box * kBoxCols;
-    if (p.bulk_store) {
+    const int first_col = tile.col + box_col;
+    if (!kAnyRows<kBlockN> || p.bulk_store) {
       FenceAsyncProxy();
       NamedBarrier(barrier, kWarpgroup);
       if (thread == 0) {
@@ -304,101 +350,146 @@ __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
       // Rows that the copy engine cannot address go out an element at a time.
       NamedBarrier(barrier, kWarpgroup);
       const int rows = min(kWgmmaM, p.m - first_row), cols = min(kBoxCols, p.n - first_col);
+      using Element = std::conditional_t<kBytes == 2, uint16_t, uint32_t>;
       Element* y_box =
           static_cast<Element*>(p.y) + (int64_t{tile.batch} * p.m + first_row) * p.n + first_col;
       for (int i = thread; i < kWgmmaM * kBoxCols; i += kWarpgroup) {
         const int row = i / kBoxCols, col = i % kBoxCols;
         if (row < rows && col < cols) {
           y_box[int64_t{row} * p.n + col] =
-              *reinterpret_cast<const Element*>(at(row, col * sizeof(Element)));
+              *reinterpret_cast<const Element*>(at(row, col * kBytes));
         }
       }
     }
   }
 }
 
-template <bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
+template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     GemmKernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
                const __grid_constant__ CUtensorMap y_map, const Params p) {
   // A warpgroup's share of the tiles, and of a tile: every second one whole, or half of every one.
-  constexpr int kTurns = kPromote ? 1 : kConsumers;
-  constexpr int kHalves = kPromote ? 1 : kBlockM / kWgmmaM;
+  constexpr int kTurns = kPromote || kBlockN == kJoint ? 1 : kConsumers;
+  constexpr int kHalves = kTurns == 1 ? 1 : kBlockM / kWgmmaM;
+  constexpr int kSharers = kConsumers / kTurns;  // warpgroups of a tile
+  constexpr int kWarps = kWarpgroup / kWarp;
 
   extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + kAlignment - 1) /
-                                            kAlignment * kAlignment);
+  auto& shared = *reinterpret_cast<Shared<kBlockN>*>(
+      (reinterpret_cast<uintptr_t>(raw) + kAlignment - 1) / kAlignment * kAlignment);
   // Broadcast, so that the compiler keeps in uniform registers what follows from it.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
   const int k_blocks = (p.k + kBlockK - 1) / kBlockK;
-  const Schedule schedule(p.batch, p.m, p.n);
+  const Schedule<kBlockN> schedule(p.batch, p.m, p.n);
   const int cluster = blockIdx.x / kCluster;
   const int clusters = gridDim.x / kCluster;
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < kStages<kBlockN>; ++s) {
       BarrierInit(&shared.full[s], 1);
       // Every warp that reads a stage, in both blocks, since each block writes into the other's.
-      BarrierInit(&shared.empty[s], kCluster * (kConsumers / kTurns) * (kWarpgroup / kWarp));
+      BarrierInit(&shared.empty[s], kCluster * kSharers * kWarps);
     }
-    for (int w = 0; w < kConsumers; ++w) BarrierInit(&shared.turn[w], 1);
+    for (int w = 0; w < kConsumers; ++w) {
+      BarrierInit(&shared.turn[w], 1);
+      BarrierInit(&shared.next_full[w], 1);
+      BarrierExpect(&shared.next_full[w], sizeof(uint32_t));
+      // Those warps, and the one that loads.
+      BarrierInit(&shared.next_empty[w], kCluster * (kSharers * kWarps + 1));
+    }
     FenceBarrierInit();
   }
   ClusterSync();
 
+  // The index of this cluster's tile number `turn`, once it is known; past the last one's it ends.
+  const int lane = threadIdx.x % kWarp;
+  auto next_tile = [&](int turn) {
+    const int slot = turn % kConsumers;
+    BarrierWait(&shared.next_full[slot], turn / kConsumers & 1);
+    const int index = *const_cast<volatile uint32_t*>(&shared.next[slot]);
+    __syncwarp();
+    if (lane == 0) BarrierArriveRemote(&shared.next_empty[slot], 0);
+    return index;
+  };
+
   if (warpgroup == kConsumers) {
     RegistersDecrease<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) {
+    const int warp = threadIdx.x % kWarpgroup / kWarp;
+    if (warp == 0) {
       constexpr int kPartN = kBlockN / kCluster;
       const int part = ClusterRank() * kPartN;
-      Ring ring;
-      for (int index = cluster; index < schedule.total; index += clusters) {
-        const Tile tile = schedule[index];
-        for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
-          Stage& stage = shared.stages[ring.stage];
-          uint64_t* full = &shared.full[ring.stage];
-          BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
-          BarrierExpect(full, sizeof(Stage));
-          TensorLoad(stage.a, &a_map, full, kb * kBlockK, tile.row, tile.batch);
-          TensorLoadMulticast(stage.b + part * kBlockK, &b_map, full, (1 << kCluster) - 1,
-                              kb * kBlockK, tile.col + part, tile.batch);
+      Ring<kStages<kBlockN>> ring;
+      for (int turn = 0;; ++turn) {
+        const int index = next_tile(turn);
+        if (index >= schedule.total) break;
+        if (lane == 0) {
+          BarrierExpect(&shared.next_full[turn % kConsumers], sizeof(uint32_t));
+          const Tile tile = schedule[index];
+          for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
+            Stage<kBlockN>& stage = shared.stages[ring.stage];
+            uint64_t* full = &shared.full[ring.stage];
+            BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
+            BarrierExpect(full, sizeof(stage));
+            TensorLoad(stage.a, &a_map, full, kb * kBlockK, tile.row, tile.batch);
+            TensorLoadMulticast(stage.b + part * kBlockK, &b_map, full, (1 << kCluster) - 1,
+                                kb * kBlockK, tile.col + part, tile.batch);
+          }
+        }
+        __syncwarp();
+      }
+    } else if (warp == 1 && ClusterRank() == 0 && lane == 0) {
+      // Hands out tiles to both blocks, in the order of the schedule; at the end one index past it
+      // for each of those who take turns.
+      int index = cluster;
+      for (int turn = 0, ends = 0; ends < kTurns; ++turn) {
+        const int slot = turn % kConsumers;
+        BarrierWait(&shared.next_empty[slot], (turn / kConsumers & 1) ^ 1);
+        for (int rank = 0; rank < kCluster; ++rank) {
+          StoreRemote(&shared.next[slot], index, &shared.next_full[slot], rank);
+        }
+        if (index >= schedule.total) {
+          ++ends;
+        } else if (p.counter == nullptr) {
+          index += clusters;
+        } else {
+          index = clusters + static_cast<int>(atomicAdd(p.counter, 1));
         }
       }
     }
   } else {
     RegistersIncrease<kConsumerRegisters>();
-    const int lane = threadIdx.x % kWarp;
     const int warp_row = threadIdx.x % kWarpgroup / kWarp * 16 + lane / 4;
-    const int turn = kPromote ? 0 : warpgroup;
+    const int first = kTurns == 1 ? 0 : warpgroup;  // of the tiles that it takes
     // A warpgroup begins a tile when the other has seen all of the tile before arrive. Only then do
     // the parities of the full stages tell the phase it waits for from the one before the last.
-    int turn_parity = turn == 0 ? 1 : 0;
-    const int block_row = kPromote ? warpgroup * kWgmmaM : 0;
+    int turn_parity = first == 0 ? 1 : 0;
+    const int block_row = kTurns == 1 ? warpgroup * kWgmmaM : 0;
     auto release = [&](int stage) {
       if (lane < kCluster) BarrierArriveRemote(&shared.empty[stage], lane);
     };
-    Ring ring;
-    ring.Advance(turn * k_blocks);
-    for (int index = cluster + turn * clusters; index < schedule.total;
-         index += kTurns * clusters) {
+    Ring<kStages<kBlockN>> ring;
+    ring.Advance(first * k_blocks);
+    for (int turn = first;; turn += kTurns) {
+      const int index = next_tile(turn);
+      if (index >= schedule.total) break;
       const Tile tile = schedule[index];
-      Sums sums[kHalves];
+      Sums<kBlockN> sums[kHalves];
       if constexpr (kPromote) {
 #pragma unroll
         for (float& sum : sums[0]) sum = 0;
       }
       if constexpr (kTurns > 1) {
-        BarrierWait(&shared.turn[turn], turn_parity);
+        BarrierWait(&shared.turn[first], turn_parity);
         turn_parity ^= 1;
       }
       int last = 0;
       for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
         BarrierWait(&shared.full[ring.stage], ring.parity);
-        const Stage& stage = shared.stages[ring.stage];
+        const Stage<kBlockN>& stage = shared.stages[ring.stage];
         const uint64_t a = WgmmaDescriptor(stage.a + block_row * kBlockK);
         const uint64_t b = WgmmaDescriptor(stage.b);
-        Sums partial;
-        auto multiply = [&](Sums& to, int half, int i, bool accumulate) {
+        Sums<kBlockN> partial;
+        auto multiply = [&](Sums<kBlockN>& to, int half, int i, bool accumulate) {
           const uint64_t along_k = i * kWgmmaK >> 4;
           const uint64_t along_m = half * kWgmmaM * kBlockK >> 4;
           Wgmma<kBlockN, kAE5M2, kBE5M2>(to, a + along_k + along_m, b + along_k, accumulate);
@@ -419,7 +510,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         if constexpr (kTurns > 1) {
           // The other warpgroup's first products queue up behind the last ones of this tile.
           if (kb == k_blocks - 1 && threadIdx.x % kWarpgroup == 0) {
-            BarrierArrive(&shared.turn[kTurns - 1 - turn]);
+            BarrierArrive(&shared.turn[kTurns - 1 - first]);
           }
         }
         if constexpr (kPromote) {
@@ -434,31 +525,35 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
           last = ring.stage;
         }
       }
-      if constexpr (kTurns > 1) {
+      if constexpr (!kPromote) {
         WgmmaWait<0>();
         release(last);
         // Over the steps of the other warpgroup's tile.
         ring.Advance((kTurns - 1) * k_blocks);
       }
       const int row = tile.row + block_row + warp_row, col = tile.col + 2 * (lane % 4);
-      Finish(p, tile.batch, row, col, sums);
-      if constexpr (kSlope) {  // its registers would be every other product's too
-        auto multiply = [&](auto type) {
-          MultiplyBySlope<decltype(type)::value>(p, tile.batch, row, col, sums);
-        };
-        if (p.slope.type == DType::kBF16) multiply(Type<DType::kBF16>());
-        if (p.slope.type == DType::kF16) multiply(Type<DType::kF16>());
-        if (p.slope.type == DType::kF32) multiply(Type<DType::kF32>());
-      }
+      Finish<kBlockN>(p, tile.batch, row, col, sums);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        auto store = [&](auto element) {
-          Store<decltype(element)>(p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
-                                   tile.row + block_row + half * kWgmmaM, sums[half]);
+        if constexpr (kSlope) {  // its registers would be every other product's too
+          auto multiply = [&](auto type) {
+            MultiplyBySlope<decltype(type)::value, kBlockN>(p, tile.batch, row + half * kWgmmaM,
+                                                            col, sums[half]);
+          };
+          if (p.slope.type == DType::kBF16) multiply(Type<DType::kBF16>());
+          if (p.slope.type == DType::kF16) multiply(Type<DType::kF16>());
+          if (p.slope.type == DType::kF32) multiply(Type<DType::kF32>());
+        }
+        auto store = [&](auto bytes) {
+          Store<decltype(bytes)::value, kBlockN>(
+              p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
+              tile.row + block_row + half * kWgmmaM, sums[half]);
         };
-        if (p.out_type == DType::kBF16) store(__nv_bfloat16());
-        if (p.out_type == DType::kF16) store(__half());
-        if (p.out_type == DType::kF32) store(float());
+        if (p.out_type == DType::kF32) {
+          store(std::integral_constant<int, 4>());
+        } else {
+          store(std::integral_constant<int, 2>());
+        }
       }
     }
     if (threadIdx.x % kWarpgroup == 0) TensorStoreWaitRead<0>();
@@ -470,8 +565,19 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 
 int OutBytes(DType type) { return type == DType::kF32 ? 4 : 2; }
 
-template <bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
-cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
+// Up to so many tiles a cluster, none gets far enough ahead of the others for it to pay to zero the
+// counter.
+constexpr int kFewTurns = 6;
+
+// Whether y's rows are multiples of 16 bytes, as the copy engine wants them.
+bool HasBulkRows(const Gemm& g) {
+  return g.n * OutBytes(g.out_type) % 16 == 0 && reinterpret_cast<uintptr_t>(g.y) % 16 == 0;
+}
+
+template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
+cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
+  const int tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
+  const bool deals = tiles <= kFewTurns * clusters;
   const Params p{
       static_cast<int>(g.batch),
       static_cast<int>(g.m),
@@ -488,7 +594,8 @@ cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
       g.slope,
       g.y,
       g.out_type,
-      g.n * OutBytes(g.out_type) % 16 == 0 && reinterpret_cast<uintptr_t>(g.y) % 16 == 0};
+      deals ? nullptr : g.counter,
+      HasBulkRows(g)};
   CUtensorMap a_map, b_map, y_map{};
   cudaError_t status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m,
                                      g.k, kBlockM, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B);
@@ -505,12 +612,43 @@ cudaError_t Launch(const Gemm& g, int sms, cudaStream_t stream) {
                            CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
   }
-  auto kernel = GemmKernel<kAE5M2, kBE5M2, kPromote, kSlope>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (p.counter != nullptr) {
+    status = cudaMemsetAsync(p.counter, 0, sizeof(*p.counter), stream);
+    if (status != cudaSuccess) return status;
+  }
+  auto kernel = GemmKernel<kBlockN, kAE5M2, kBE5M2, kPromote, kSlope>;
+  constexpr int kBytes = kSharedBytes<kBlockN>;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  const int clusters = std::min(sms / kCluster, Schedule(p.batch, p.m, p.n).total);
-  kernel<<<clusters * kCluster, kThreads, kSharedBytes, stream>>>(a_map, b_map, y_map, p);
+  clusters = std::min(clusters, tiles);
+  kernel<<<clusters * kCluster, kThreads, kBytes, stream>>>(a_map, b_map, y_map, p);
   return cudaGetLastError();
+}
+
+bool HasSlope(const Gemm& g) { return g.slope.w != nullptr; }
+
+// About how long a product takes with tiles of this width: columns that a cluster computes one after
+// the other, in units of a column of a wide tile. The factors were measured on products that fill
+// the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k, twice that with a slope.
+template <int kBlockN>
+float Cost(const Gemm& g, int clusters) {
+  const int64_t tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
+  const float factor = kBlockN == kNarrow   ? 1.1f
+                       : kBlockN == kMedium ? 1.03f
+                       : kBlockN == kWide   ? 1.0f
+                                            : 0.97f + (HasSlope(g) ? 800.0f : 400.0f) / g.k;
+  return (tiles + clusters - 1) / clusters * kBlockN * factor;
+}
+
+int ChooseWidth(const Gemm& g, int clusters) {
+  if (g.promote || !HasBulkRows(g)) return kNarrow;
+  const std::pair narrow(Cost<kNarrow>(g, clusters), kNarrow);
+  const std::pair joint(Cost<kJoint>(g, clusters), kJoint);
+  // Those between have no registers left for a slope.
+  if (HasSlope(g)) return std::min(narrow, joint).second;
+  return std::min({narrow, joint, std::pair(Cost<kMedium>(g, clusters), kMedium),
+                   std::pair(Cost<kWide>(g, clusters), kWide)})
+      .second;
 }
 
 }  // namespace
@@ -526,17 +664,32 @@ cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  auto choose = [&](auto promote, auto slope) {
+  const int clusters = sms / kCluster;
+  auto launch = [&](auto block_n, auto promote, auto slope) {
+    constexpr int kBlockN = block_n();
     constexpr bool kPromote = promote(), kSlope = slope();
-    auto launch = g.a_e5m2   ? Launch<true, false, kPromote, kSlope>
-                  : g.b_e5m2 ? Launch<false, true, kPromote, kSlope>
-                             : Launch<false, false, kPromote, kSlope>;
-    return launch(g, sms, stream);
+    auto of_types = g.a_e5m2   ? Launch<kBlockN, true, false, kPromote, kSlope>
+                    : g.b_e5m2 ? Launch<kBlockN, false, true, kPromote, kSlope>
+                               : Launch<kBlockN, false, false, kPromote, kSlope>;
+    return of_types(g, clusters, stream);
   };
   using No = std::false_type;
   using Yes = std::true_type;
-  if (g.slope.w == nullptr) return g.promote ? choose(Yes(), No()) : choose(No(), No());
-  return g.promote ? choose(Yes(), Yes()) : choose(No(), Yes());
+  const std::integral_constant<int, kNarrow> narrow;
+  const std::integral_constant<int, kMedium> medium;
+  const std::integral_constant<int, kWide> wide;
+  const std::integral_constant<int, kJoint> joint;
+  const bool slope = HasSlope(g);
+  if (g.promote) return slope ? launch(narrow, Yes(), Yes()) : launch(narrow, Yes(), No());
+  switch (ChooseWidth(g, clusters)) {
+    case kMedium:
+      return launch(medium, No(), No());
+    case kWide:
+      return launch(wide, No(), No());
+    case kJoint:
+      return slope ? launch(joint, No(), Yes()) : launch(joint, No(), No());
+  }
+  return slope ? launch(narrow, No(), Yes()) : launch(narrow, No(), No());
 }
 
 }  // namespace jfp4

@@ -66,6 +66,17 @@ __device__ __forceinline__ void BarrierArriveRemote(uint64_t* barrier, uint32_t 
       : "memory");
 }
 
+// Writes a word at the same place in the shared memory of block `rank`, and counts its bytes on the
+// barrier that has `barrier`'s place there.
+__device__ __forceinline__ void StoreRemote(uint32_t* to, uint32_t value, uint64_t* barrier,
+                                            uint32_t rank) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+          MapToRank(SharedAddress(to), rank)),
+      "r"(value), "r"(MapToRank(SharedAddress(barrier), rank))
+      : "memory");
+}
+
 // Waits until the phase of this parity has completed.
 __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -104,12 +115,15 @@ __device__ __forceinline__ void TensorLoadMulticast(void* destination, const CUt
       : "memory");
 }
 
+// Stores a box that is not read soon: L2 gives up its lines before others.
 __device__ __forceinline__ void TensorStore(const CUtensorMap* map, const void* source, int x,
                                             int y, int z) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
-          map),
-      "r"(SharedAddress(source)), "r"(x), "r"(y), "r"(z)
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group.L2::cache_hint "
+      "[%0, {%2, %3, %4}], [%1], %5;" ::"l"(map),
+      "r"(SharedAddress(source)), "r"(x), "r"(y), "r"(z), "l"(policy)
       : "memory");
 }
 

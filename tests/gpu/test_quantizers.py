@@ -177,6 +177,69 @@ def test_gradients_of_every_format_and_dtype(backend, poisoned, format, dtype):
     check_gradient(poisoned, tensor((130, 257), dtype), format)
 
 
+# ------------------------------------------------------------------------- parts of a tensor
+
+
+def amax_of(x, axis):
+    """The largest magnitudes along an axis, NaN if there is one: what a part hears of the rest."""
+    return np.max(np.abs(ref.to_float32(x)), axis=axis, keepdims=True, initial=0)
+
+
+@by_axis
+@by_clamp
+@pytest.mark.parametrize("shape", [(256, 512), (130, 258)], ids=["fast", "any"])
+def test_parts_that_are_told_of_the_rest(backend, poisoned, shape, clamp, axis):
+    """Halves along the axis of a scale, each with the whole's magnitudes: the whole's codes."""
+    x = tensor(shape, "bfloat16")
+    kernel = ffi.quantize_rows if axis == 1 else ffi.quantize_columns
+    thresholds, compensate = OUTLIERS[clamp]
+    codes, scale, _ = codes_of(x, axis, "e2m1", clamp)
+    bounded = x if thresholds is None else ref.clamp_residual(x, *thresholds)[0]
+
+    def quantized(part, floor):
+        return kernel(
+            part,
+            format="e2m1",
+            want=("codes", "codes_t"),
+            outliers=thresholds and tuple(jnp.asarray(t) for t in thresholds),
+            compensate=compensate,
+            amax_floor=floor,
+        )
+
+    floor = amax_of(bounded, axis)
+    halves = (np.array_split(a, 2, axis) for a in (x, codes))
+    for part, expected in zip(*halves, strict=True):
+        for got in poisoned(quantized, part, floor):
+            same_bytes(got.codes, expected)
+            same_bytes(got.codes_t, expected.T.copy())
+            same_scale(got.scale, scale)
+
+
+@pytest.mark.parametrize("shape", [(256, 512), (130, 258)], ids=["fast", "any"])
+@pytest.mark.parametrize("told", [("row",), ("col",), ("row", "col")], ids="-".join)
+def test_parts_of_a_gradient(backend, poisoned, told, shape):
+    """A quarter of a gradient, told of the rest of its rows, its columns, or both."""
+    dy = tensor(shape, "bfloat16")
+    part = dy[: shape[0] // 2, : shape[1] // 2]
+    rows, columns = dy[: len(part)], dy[:, : part.shape[1]]
+    floors = {"row": amax_of(rows, 1), "col": amax_of(columns, 0)}
+    seen = (rows if "row" in told else part, columns if "col" in told else part)
+    by_row = ref.quantize(ref.to_float32(seen[0]), 1, "e5m2")
+    by_column = ref.quantize(ref.to_float32(seen[1]), 0, "e5m2")
+    carrier = FORMATS["e5m2"].dtype
+    ones = np.ones((1, part.shape[1]), np.float32), np.ones((len(part), 1), np.float32)
+
+    def quantized(dy, floors):
+        floors = {f"{name}_floor": floor for name, floor in floors.items()}
+        return ffi.quantize_gradient(dy, *ones, format="e5m2", **floors)
+
+    for got in poisoned(quantized, part, {name: floors[name] for name in told}):
+        same_bytes(got[0], by_row[0][:, : part.shape[1]].astype(carrier))
+        same_scale(got[1], by_row[1])
+        same_bytes(got[2], by_column[0][: len(part)].astype(carrier).T.copy())
+        same_scale(got[3], by_column[1])
+
+
 # ------------------------------------------------------------------------------------- the rest
 
 

@@ -360,10 +360,11 @@ def test_rank_terms_and_bias(rank):
 @pytest.mark.parametrize("mixed", [False, True], ids=["both packed", "one packed"])
 def test_packed_products_are_those_of_bytes(k, mixed):
     a, b = codes_of(18, (5, k), "e2m1", scale=(5, 1)), codes_of(19, (k, 7), "e2m1", scale=(1, 7))
-    pa, pb = PackedQTensor.pack(a, 1), PackedQTensor.pack(b, 0)
+    pack = jax.jit(PackedQTensor.pack, static_argnums=1)
+    product = jax.jit(functools.partial(gemm, out_dtype=jnp.bfloat16))
     bias = jnp.asarray(gaussian(20, 7))
-    expected = gemm(a, b, bias=bias, out_dtype=jnp.bfloat16)
-    for got in both(gemm)(a if mixed else pa, pb, bias=bias, out_dtype=jnp.bfloat16):
+    expected = product(a, b, bias=bias)
+    for got in both(product)(a if mixed else pack(a, 1), pack(b, 0), bias=bias):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -409,11 +410,15 @@ def test_quantizers_are_those_of_xla(shape, axis, wrap):
 @built
 def test_both_layouts_are_a_tensor_and_its_transpose():
     x = jnp.asarray(gaussian(24, 13, 30))
+    in_both, in_one = (
+        jax.jit(functools.partial(f, shift="midrange"), static_argnums=1)
+        for f in (quantize_both, quantize)
+    )
     for name in ("host", "xla"):
         with jfp4.backend(name):
             for axis in (0, 1, None):
-                q, q_t = quantize_both(x, axis, shift="midrange")
-                leaves_agree(q, quantize(x, axis, shift="midrange"))
+                q, q_t = in_both(x, axis)
+                leaves_agree(q, in_one(x, axis))
                 leaves_agree(q_t, q.T)
 
 
@@ -421,10 +426,11 @@ def test_both_layouts_are_a_tensor_and_its_transpose():
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (5,), ()], ids=str)
 def test_what_kernels_do_not_take_is_xlas(shape):
     x = jnp.asarray(gaussian(25, *shape))
-    leaves_agree(*both(quantize)(x, -1 if shape else None))
+    compiled = jax.jit(quantize, static_argnums=1)
+    leaves_agree(*both(compiled)(x, -1 if shape else None))
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         wide = jnp.ones((3, 4), jnp.float64)
-        leaves_agree(*both(quantize)(wide, 1))
+        leaves_agree(*both(compiled)(wide, 1))
 
 
 @built
@@ -585,7 +591,12 @@ F32, BF16, F16, U8 = "float32", "bfloat16", "float16", "uint8"
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 ROWS = Call(
     "jfp4_quantize_rows",
-    {"x": (BF16, (2, 3, 8)), "lo": (F32, (2, 1)), "hi": (F32, (2, 1))},
+    {
+        "x": (BF16, (2, 3, 8)),
+        "lo": (F32, (2, 1)),
+        "hi": (F32, (2, 1)),
+        "amax_floor": (F32, (2, 3)),
+    },
     {
         "codes": (E4M3, (2, 3, 8)),
         "codes_t": (E4M3, (2, 8, 3)),
@@ -596,7 +607,7 @@ ROWS = Call(
 )
 COLUMNS = Call(
     "jfp4_quantize_columns",
-    {"x": (F32, (3, 8)), "lo": (F32, (0,)), "hi": (F32, (0,))},
+    {"x": (F32, (3, 8)), "lo": (F32, (0,)), "hi": (F32, (0,)), "amax_floor": (F32, (8,))},
     {
         "codes": (E4M3, (3, 8)),
         "codes_t": (E4M3, (8, 3)),
@@ -608,7 +619,13 @@ COLUMNS = Call(
 )
 GRADIENT = Call(
     "jfp4_quantize_gradient",
-    {"dy": (BF16, (3, 8)), "col_factor": (F32, (1, 8)), "row_factor": (F32, (3, 1))},
+    {
+        "dy": (BF16, (3, 8)),
+        "col_factor": (F32, (1, 8)),
+        "row_factor": (F32, (3, 1)),
+        "row_floor": (F32, (3,)),
+        "col_floor": (F32, (8,)),
+    },
     {
         "codes": (E5M2, (3, 8)),
         "row_scale": (F32, (3, 1)),
@@ -660,6 +677,7 @@ MISTAKES = [
     (ROWS, {"lo": (F32, (1, 1))}, "lo is f32[1, 1]; expected f32[2, 1], beside x bf16[2, 3, 8]"),
     (ROWS, {"hi": (BF16, (2, 1))}, "hi is bf16[2, 1]; expected f32[2, 1], beside x bf16[2, 3, 8]"),
     (ROWS, {"hi": (F32, (2, 0))}, "lo is f32[2, 1] and hi f32[2, 0]; expected both or neither"),
+    (ROWS, {"amax_floor": (F32, (2, 8))}, "amax_floor is f32[2, 8]; expected f32[2, 3], beside x"),
     (ROWS, {"codes": (E5M2, (2, 3, 8))}, "codes is f8e5m2[2, 3, 8]; expected f8e4m3fn[2, 3, 8]"),
     (ROWS, {"codes_t": (E4M3, (2, 3, 8))}, "codes_t is f8e4m3fn[2, 3, 8]; expected f8e4m3fn[2, 8"),
     (ROWS, {"packed": (U8, (2, 3, 4))}, "packed is present; expected format E2M1 without comp"),
@@ -668,6 +686,7 @@ MISTAKES = [
     (ROWS, {"format": np.int32(5)}, "format is 5; expected 0 to 4"),
     (ROWS, {"format": np.int32(3)}, "compensate is set; expected lo and hi, and a 4-bit format"),
     (COLUMNS, {"x": (F32, (0, 8))}, "x is f32[0, 8]; expected no empty dimension"),
+    (COLUMNS, {"amax_floor": (F32, (3,))}, "amax_floor is f32[3]; expected f32[8], beside x f32"),
     (COLUMNS, {"codes": (E4M3, (8, 3))}, "codes is f8e4m3fn[8, 3]; expected f8e4m3fn[3, 8]"),
     (COLUMNS, {"codes_t": (U8, (8, 3))}, "codes_t is u8[8, 3]; expected f8e4m3fn[8, 3], beside x"),
     (COLUMNS, {"packed_t": (U8, (8, 1))}, "packed_t is u8[8, 1]; expected u8[8, 2], beside x f32"),
@@ -678,6 +697,8 @@ MISTAKES = [
     (GRADIENT, {"dy": (E5M2, (3, 8))}, "dy is f8e5m2[3, 8]; expected bf16, f16 or f32"),
     (GRADIENT, {"col_factor": (F32, (8,))}, "col_factor is f32[8]; expected f32[1, 8], beside dy"),
     (GRADIENT, {"row_factor": (F32, (1, 1))}, "row_factor is f32[1, 1]; expected f32[3, 1]"),
+    (GRADIENT, {"row_floor": (F32, (8,))}, "row_floor is f32[8]; expected f32[3], beside dy bf16"),
+    (GRADIENT, {"col_floor": (F32, (3,))}, "col_floor is f32[3]; expected f32[8], beside dy bf16"),
     (GRADIENT, {"codes": (E5M2, (3, 0))}, "codes is f8e5m2[3, 0]; expected f8e5m2[3, 8]"),
     (GRADIENT, {"row_scale": (BF16, (3, 1))}, "row_scale is bf16[3, 1]; expected f32[3, 1]"),
     (GRADIENT, {"codes_t": (E5M2, (3, 8))}, "codes_t is f8e5m2[3, 8]; expected f8e5m2[8, 3]"),

@@ -16,6 +16,7 @@ import jfp4
 from jfp4.ops import ffi, partition
 from jfp4.ops.partition import WHOLE, Rule, _plan
 
+pytestmark = pytest.mark.timeout(900)  # whichever test comes first waits for what it found
 ROOT = Path(__file__).parents[2]
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
 PRODUCT = Rule(("m k", "k n", "m 1", "1 n", "m n"), ("m n",), inner=2)
@@ -38,7 +39,6 @@ def found(request):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "case",
     [

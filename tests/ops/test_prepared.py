@@ -10,7 +10,7 @@ import pytest
 import jfp4
 from jfp4.ops import ffi
 from jfp4.ops.linear import linear
-from jfp4.ops.prepare import prepare
+from jfp4.ops.prepare import prepare as prepare_eagerly
 from jfp4.qtensor import PackedQTensor
 from jfp4.recipe import RECIPES, Recipe
 
@@ -21,6 +21,7 @@ W = _rng.normal(size=(K, N)).astype(np.float32)
 DY = _rng.normal(size=(M, N)).astype(np.float32)
 
 change = dataclasses.replace
+prepare = jax.jit(prepare_eagerly, static_argnums=1)
 CAST = RECIPES["fp4_cast"]
 SWITCHES = {
     "fp4": RECIPES["fp4"],
@@ -34,9 +35,15 @@ SWITCHES = {
 }
 
 
-@pytest.mark.parametrize("path", ["xla", "host"])
-@pytest.mark.parametrize("name", SWITCHES)
-def test_the_results_have_the_same_bits(name, path):
+# Every switch by both back ends and in both dtypes, which take turns.
+TURNS = (("xla", "float32"), ("host", "bfloat16")), (("xla", "bfloat16"), ("host", "float32"))
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "dtype"),
+    [(name, *case) for i, name in enumerate(SWITCHES) for case in TURNS[i % 2]],
+)
+def test_the_results_have_the_same_bits(name, path, dtype):
     if path == "host" and (why := ffi.missing("host")):
         pytest.skip(why)
     recipe = SWITCHES[name]
@@ -45,27 +52,27 @@ def test_the_results_have_the_same_bits(name, path):
         y, vjp = jax.vjp(lambda x, w: linear(x, w, recipe, prepared=prepared), x, w)
         return y, *vjp(DY.astype(y.dtype))
 
-    for x, w in ((X, W), (X.astype(jnp.bfloat16), W.astype(jnp.bfloat16))):
-        with jfp4.backend(path):
-            prepared = jax.jit(prepare, static_argnums=1)(w, recipe)
-            got = jax.jit(run)(x, w, prepared)
-            alone = jax.jit(lambda x, w, p: linear(x, w, recipe, prepared=p))(x, w, prepared)
-            expected = jax.jit(run)(x, w, None)
-        for one, other in zip((*got, alone), (*expected, expected[0]), strict=True):
-            assert one.dtype == other.dtype
-            # Sums over shifts and residuals are XLA's to order, as it likes in each program.
-            summed = recipe.w_shift is not None or recipe.occ_compensation == "residual"
-            unit = 2.0**-7 if one.dtype == jnp.bfloat16 else 2.0**-18  # 64 roundings of float32
-            largest = np.abs(np.asarray(other, np.float32)).max()
-            np.testing.assert_allclose(one, other, rtol=0, atol=summed * unit * largest)
-        assert np.any(got[2])  # the gradient reaches w
+    x, w = X.astype(jnp.dtype(dtype)), W.astype(jnp.dtype(dtype))
+    with jfp4.backend(path):
+        prepared = prepare(w, recipe)
+        got = jax.jit(run)(x, w, prepared)
+        alone = jax.jit(lambda x, w, p: linear(x, w, recipe, prepared=p))(x, w, prepared)
+        expected = jax.jit(run)(x, w, None)
+    for one, other in zip((*got, alone), (*expected, expected[0]), strict=True):
+        assert one.dtype == other.dtype
+        # Sums over shifts and residuals are XLA's to order, as it likes in each program.
+        summed = recipe.w_shift is not None or recipe.occ_compensation == "residual"
+        unit = 2.0**-7 if one.dtype == jnp.bfloat16 else 2.0**-18  # 64 roundings of float32
+        largest = np.abs(np.asarray(other, np.float32)).max()
+        np.testing.assert_allclose(one, other, rtol=0, atol=summed * unit * largest)
+    assert np.any(got[2])  # the gradient reaches w
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_bytes_of_both_layouts(name):
     """Half a byte a weight in each layout, rows filled up; a byte where codes are not packed."""
     recipe = SWITCHES[name]
-    prepared = jax.eval_shape(lambda w: prepare(w, recipe), W)
+    prepared = jax.eval_shape(lambda w: prepare_eagerly(w, recipe), W)
     packed = recipe.w_format != "e4m3" and recipe.w_shift is None
     codes = N * 18 + K * 21 if packed else 2 * K * N
     scales = 2 * 4 * (1 if recipe.w_scale == "tensor" else N)

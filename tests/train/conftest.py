@@ -16,13 +16,24 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory):
-    """A directory in which jax keeps what it compiles from now on, for other processes too."""
-    directory = tmp_path_factory.mktemp("compiled")
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+def compiled_once(tmp_path_factory, worker_id):
+    """Has jax keep what it compiles from now on; the environment by which other processes do, too.
+
+    The workers of a session share it. With a limit to its size, however large, jax locks it, so
+    that none reads what another has half written.
+    """
+    directory = tmp_path_factory.getbasetemp() / "compiled"
+    if worker_id != "master":
+        directory = directory.parents[1] / "compiled"
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_compilation_cache_max_size": 2**40,
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield directory
+    yield {name.upper(): str(value) for name, value in settings.items()}
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
 

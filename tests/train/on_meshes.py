@@ -3,6 +3,7 @@
 Prints a JSON object of losses by case, and what the devices of a mesh hold.
 """
 
+import functools
 import json
 import sys
 import unittest.mock
@@ -66,13 +67,19 @@ def first_codes(placement):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
 
 
+@functools.cache
+def compiled(placement, *flags):
+    """The functions that begin a run and go on with it, compiled once for all its runs."""
+    trainer = Trainer(parse([*FLAGS, *flags]), placement)
+    places = trainer.shardings, placement.replicated
+    return trainer.placed_init, jax.jit(trainer.step, out_shardings=places)
+
+
 def run(placement, change=lambda batch: batch, *flags):
     """The losses of a run, and the state after it."""
-    config = parse([*FLAGS, *flags])
-    trainer = Trainer(config, placement)
+    init, step = compiled(placement, *flags)
     with placement.in_force():
-        state = trainer.placed_init()
-        step = jax.jit(trainer.step, out_shardings=(trainer.shardings, placement.replicated))
+        state = init()
         data = batches(tokens(), seq_len=SEQ, batch_size=ROWS, seed=0)
         losses = []
         for _ in range(STEPS):

@@ -2,18 +2,25 @@
 
 import errno
 import os
+import subprocess
+import sys
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+import psutil
 import pytest
 from tiny_run import interrupt_at, lines_of, saved_arrays
 
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, parts
 from train.config import CheckpointConfig
 from train.errors import UserError
 from train.step import TrainState
+
+ROOT = Path(__file__).parents[2]
 
 
 def state_of(step, size=8):
@@ -198,3 +205,81 @@ def test_lines_are_on_disk_before_the_checkpoint_after_them(runs, tmp_path, monk
     interrupt_at(monkeypatch, 11)
     assert runs.tiny(tmp_path / "run", "--checkpoint.every=2", "--eval_every=5") == 0
     assert found == [(step, step) for step in (2, 4, 6, 8, 10, 11)]
+
+
+def test_parts_are_as_large_as_may_be_and_no_larger():
+    assert list(parts([4, 4, 4, 9, 1, 7, 3], 8)) == [
+        slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6), slice(6, 7)
+    ]  # fmt: skip
+    assert list(parts([9], 8)) == [slice(0, 1)]
+
+
+def test_a_state_larger_than_the_host_may_hold_is_written_part_by_part(tmp_path, monkeypatch):
+    handler = ocp.type_handlers.ArrayHandler
+    serialize, begun = handler.serialize, []
+
+    async def watched(self, values, infos, args=None):
+        writes = await serialize(self, values, infos, args)
+        begun.append((sum(value.nbytes for value in values), writes))
+        for _, earlier in begun[:-1]:
+            assert all(write.result(timeout=0) is None for write in earlier)
+        return writes
+
+    monkeypatch.setattr(handler, "serialize", watched)
+    params = {f"kernel {i}": jnp.arange(2.0 ** (8 + i)) + i for i in range(9)}
+    state = TrainState(jnp.int32(1), params, {}, ())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    most = 2**17 + 2**12  # more than any array but the last
+    with opened(tmp_path, host_gib=most / 2**30) as checkpoints:
+        assert checkpoints.in_parts(state)
+        checkpoints.save(1, state)
+        # Training may go on, in the same memory: everything is on disk.
+        assert sum(nbytes for nbytes, _ in begun) == size
+        assert len(begun) > 2 and sum(nbytes > most for nbytes, _ in begun) == 1
+        restored = checkpoints.restore(1, abstract(state))
+    assert_same_state(restored, state)
+
+
+def test_a_state_that_the_host_may_hold_is_copied_and_written_later(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        assert 0 < checkpoints.host_bytes < psutil.virtual_memory().available
+        assert not checkpoints.in_parts(state_of(1))
+    with opened(tmp_path, host_gib=2**-30 * 340) as checkpoints:
+        assert not checkpoints.in_parts(state_of(1, size=16))
+        assert checkpoints.in_parts(state_of(1, size=17))
+
+
+# Saves 256 MiB that cannot be compressed, and prints by how much the process grew.
+SAVES = """
+import sys
+from pathlib import Path
+import jax, psutil
+from train.checkpoint import Checkpoints, parts
+from train.config import CheckpointConfig
+from train.plan import peak_bytes
+from train.step import TrainState
+bits = jax.jit(lambda key: jax.random.bits(key, (2**23,), "uint32"))
+params = {str(i): bits(jax.random.key(i)) for i in range(8)}
+state = jax.block_until_ready(TrainState(jax.numpy.int32(1), params, {}, ()))
+checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(host_gib=float(sys.argv[2])))
+checkpoints.save(1, TrainState(jax.numpy.int32(1), {"0": jax.numpy.ones(2**20)}, {}, ()))
+checkpoints.wait()
+before = psutil.Process().memory_info().rss
+checkpoints.save(2, state)
+checkpoints.close()
+print(peak_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+def test_saving_in_parts_takes_little_memory_of_the_host(tmp_path):
+    # What is freed goes back at once, so that the allocator keeps nothing that would count.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    grown = {}
+    for host_gib in (2, 2**-5):
+        command = [sys.executable, "-c", SAVES, str(tmp_path / str(host_gib)), str(host_gib)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        grown[host_gib] = int(done.stdout)
+    assert grown[2] > 256 * 2**20  # a copy of all
+    assert grown[2**-5] < 128 * 2**20  # parts of 32 MiB, and what is made of them

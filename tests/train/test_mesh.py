@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from on_meshes import MESHES, ROWS, SEQ
 
+pytestmark = pytest.mark.timeout(900)  # whichever test comes first waits for the losses
 ROOT = Path(__file__).parents[2]
 
 
@@ -47,7 +48,6 @@ def bounds(losses):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_losses_are_those_of_one_device(losses, mesh):
     found = differences(losses, mesh)

@@ -2,6 +2,10 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +19,7 @@ from train.config import TrainConfig
 from train.plan import (
     GIB,
     Plan,
+    compiler_options,
     device_memory,
     estimated_activations,
     kept_bytes,
@@ -22,6 +27,8 @@ from train.plan import (
     peak_bytes,
 )
 from train.step import Trainer
+
+ROOT = Path(__file__).parents[2]
 
 
 def number_of_parameters(llama):
@@ -156,3 +163,25 @@ def test_memory_of_this_machine():
     assert total > 2**28 and name
     array = np.ones(2**20)
     assert peak_bytes() >= array.nbytes
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "overlapped"),
+    [("gpu", 1, False), ("gpu", 2, True), ("cpu", 2, False), ("tpu", 2, False)],
+)
+def test_what_is_sent_goes_on_beside_what_is_computed_on_meshes_of_gpus(platform, size, overlapped):
+    devices = np.array([SimpleNamespace(platform=platform)] * size, object)
+    placement = SimpleNamespace(mesh=SimpleNamespace(size=size, devices=devices))
+    overlap = {"xla_gpu_enable_latency_hiding_scheduler": True} if overlapped else {}
+    assert compiler_options(TrainConfig(), placement) == overlap
+    exact = {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert compiler_options(TrainConfig(deterministic=True), placement) == exact | overlap
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there getrusage tells a process of its own")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    held = np.ones(2**29, np.uint8)  # and getrusage of a child says so
+    program = "from train.plan import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 2**20 < int(done.stdout) < held.nbytes

@@ -109,9 +109,10 @@ sys.exit(main(sys.argv[3:]))
 
 
 def killed(compiled, event, part, *flags):
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
     command = [sys.executable, "-c", KILLED, event, part, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | compiled, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

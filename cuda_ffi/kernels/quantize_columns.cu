@@ -1,0 +1,321 @@
+// A scale a column, in one read: a cluster of blocks divides a strip of the matrix, as wide as a
+// line of memory, and holds it in shared memory until its columns' scales are known. It does so in
+// pieces, each of one warp alone: the warp waits for its pieces, finds their largest magnitudes,
+// and, once the cluster has agreed on the scales, writes their codes in both layouts and loads
+// pieces of the cluster's next strip in their place. So no warp waits for another but for the
+// scales, and loads go on while codes are written. Of a strip that is too long to be held, the
+// first pieces make room for the last and are loaded again.
+#include "cuda_ffi/kernels/quantize.cuh"
+#include "cuda_ffi/kernels/quantize_any.h"
+
+namespace jfp4 {
+namespace {
+
+// A piece: what the copy engine loads at once. A lane has the codes of one vector of each of 16
+// rows: 16 bytes of every column of the vector. Lanes beside each other have the vectors of a row,
+// so that they read all banks.
+constexpr int kLineBytes = 128;
+constexpr int kVectors = kLineBytes / kVectorBytes;  // in a row
+constexpr int kRowGroups = kWarp / kVectors;
+constexpr int kPieceRows = kRowGroups * kGroupRows;
+constexpr int kPieceBytes = kPieceRows * kLineBytes;
+template <DType kType>
+constexpr int kPieceCols = kVectors * kPerVector<kType>;
+
+constexpr int kCluster = 8;     // the largest that every device of this architecture can schedule
+constexpr int kMaxWarps = 12;   // of a block, so that two have registers on a multiprocessor
+constexpr int kMaxPieces = 27;  // of a block, which then has a multiprocessor's shared memory
+
+// What a block keeps behind its pieces. The largest magnitudes that the cluster has found are those
+// of this strip and of the last by turns; reciprocals of scales are NaN where those are.
+template <DType kType>
+struct Shared {
+  uint32_t block_amax[kPieceCols<kType>];
+  uint32_t cluster_amax[2][kPieceCols<kType>];
+  float inverses[kPieceCols<kType>];
+};
+
+// With one barrier a piece.
+template <DType kType>
+constexpr int SharedBytes(int pieces) {
+  return sizeof(Shared<kType>) + pieces * (kPieceBytes + sizeof(uint64_t));
+}
+
+static_assert(SharedBytes<DType::kBF16>(kMaxPieces) <= 227 << 10);
+
+// Raises a number in the shared memory of another block of the cluster.
+__device__ __forceinline__ void RaiseRemote(uint32_t* number, uint32_t rank, uint32_t to) {
+  asm volatile("red.relaxed.cluster.shared::cluster.max.u32 [%0], %1;" ::"r"(
+                   MapToRank(SharedAddress(number), rank)),
+               "r"(to)
+               : "memory");
+}
+
+// Lanes that have the same columns share these: each gets the maxima over such lanes, kStride
+// apart, of its part of the values.
+template <int kLanes, int kStride, int kCount, int kSize>
+__device__ __forceinline__ void ShareMaxima(uint32_t (&values)[kSize]) {
+  if constexpr (kLanes > 1) {
+    constexpr int kOther = kLanes / 2 * kStride, kHalf = kCount / 2;
+    static_assert(kHalf > 0);
+    const bool upper = (threadIdx.x & kOther) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const uint32_t given = upper ? values[i] : values[i + kHalf];
+      const uint32_t kept = upper ? values[i + kHalf] : values[i];
+      values[i] = max(kept, __shfl_xor_sync(~0u, given, kOther));
+    }
+    ShareMaxima<kLanes / 2, kStride, kHalf>(values);
+  }
+}
+
+// A warp's places for pieces are a ring, `slots` long.
+template <DType kType, Format kFormat, Clip kClip>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
+    StripKernel(const __grid_constant__ CUtensorMap map,
+                const __grid_constant__ QuantizeColumns args, const int slots) {
+  constexpr int kElements = kPerVector<kType>, kCols = kPieceCols<kType>;
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int vector = lane % kVectors, group = lane / kVectors;
+  uint8_t* const held = memory + warp * slots * kPieceBytes;
+  auto& shared = *reinterpret_cast<Shared<kType>*>(memory + warps * slots * kPieceBytes);
+  uint64_t* const loaded = reinterpret_cast<uint64_t*>(&shared + 1) + warp * slots;
+
+  const int64_t rows = args.in.rows, cols = args.in.cols;
+  const uint32_t across = TileCount(cols, kCols), strips = args.in.batch * across;
+  const uint32_t rank = ClusterRank(), step = gridDim.x / kCluster;
+  const int pieces = TileCount(rows, kPieceRows), per_block = (pieces + kCluster - 1) / kCluster;
+  // The warp's pieces of every strip, `warps` apart.
+  const int first = rank * per_block + warp;
+  const int last = min(static_cast<int>(rank + 1) * per_block, pieces);
+  const int count = first < last ? (last - first + warps - 1) / warps : 0;
+
+  // Loads what comes next into a slot: the pieces of a strip, then those that have made room again.
+  uint32_t next_strip = blockIdx.x / kCluster;
+  int next = 0;
+  const int loads = count + max(count - slots, 0);
+  const auto load = [&](int slot) {
+    if (count == 0 || next_strip >= strips) return;
+    if (lane == 0) {
+      const int piece = first + (next < count ? next : next - count) * warps;
+      BarrierExpect(&loaded[slot], kPieceBytes);
+      TensorLoad(held + slot * kPieceBytes, &map, &loaded[slot], next_strip % across * kCols,
+                 piece * kPieceRows, next_strip / across);
+    }
+    if (++next == loads) {
+      next = 0;
+      next_strip += step;
+    }
+  };
+  // Waits for the load into a slot, which are waited for in the order of the ring.
+  uint32_t parity = 0;
+  const auto wait = [&](int slot) {
+    BarrierWait(&loaded[slot], parity);
+    if (slot == slots - 1) parity ^= 1;
+  };
+  const auto after = [&](int slot) { return slot + 1 == slots ? 0 : slot + 1; };
+
+  if (lane == 0) {
+#pragma unroll 1
+    for (int i = 0; i < slots; ++i) BarrierInit(&loaded[i], 1);
+    FenceBarrierInit();
+  }
+#pragma unroll 1
+  for (int i = 0; i < slots; ++i) load(i);
+  for (int i = threadIdx.x; i < kCols; i += blockDim.x) {
+    shared.block_amax[i] = shared.cluster_amax[0][i] = shared.cluster_amax[1][i] = 0;
+  }
+  __syncwarp();
+  ClusterSync();
+
+  int oldest = 0;  // slot
+  uint32_t turn = 0;
+  for (uint32_t strip = blockIdx.x / kCluster; strip < strips; strip += step, turn ^= 1) {
+    const int64_t batch = strip / across, first_col = int64_t{strip % across} * kCols;
+    Limits limits = {};
+    if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, batch);
+
+    // Groups have rows in turn, which is another order than below: all banks are read in both.
+    Extremes<kType> extremes[4];
+    for (int i = 0, slot = oldest; i < count; ++i, slot = after(slot)) {
+      wait(slot);
+      const uint4* from = reinterpret_cast<const uint4*>(held + slot * kPieceBytes) + lane;
+#pragma unroll
+      for (int j = 0; j < kGroupRows; ++j) {
+        const uint4 v = from[j * kWarp];
+        extremes[0].Include(v.x);
+        extremes[1].Include(v.y);
+        extremes[2].Include(v.z);
+        extremes[3].Include(v.w);
+      }
+      if (i + slots < count) {
+        __syncwarp();
+        load(slot);
+        oldest = after(slot);
+      }
+    }
+    constexpr int kPerWord = Word<kType>::kElements;
+    uint32_t amax[kElements];
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      amax[i] = extremes[i / kPerWord].template Magnitude<kClip>(i % kPerWord, limits);
+    }
+    ShareMaxima<kRowGroups, kVectors, kElements>(amax);
+    constexpr int kEach = kElements / kRowGroups;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      atomicMax(&shared.block_amax[vector * kElements + group * kEach + i], amax[i]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kCluster * kCols; i += blockDim.x) {
+      RaiseRemote(&shared.cluster_amax[turn][i % kCols], i / kCols, shared.block_amax[i % kCols]);
+    }
+    __syncwarp();
+    ClusterSync();
+    for (int i = threadIdx.x; i < kCols; i += blockDim.x) {
+      uint32_t all = shared.cluster_amax[turn][i];
+      shared.block_amax[i] = shared.cluster_amax[turn][i] = 0;
+      if (first_col + i >= cols) continue;
+      const int64_t slice = batch * cols + first_col + i;
+      if (args.amax_floor != nullptr) all = max(all, __float_as_uint(args.amax_floor[slice]));
+      const float scale = ScaleOf(all, kFormat);
+      if (rank == 0) args.scale[slice] = scale;
+      shared.inverses[i] = __frcp_rn(scale);
+    }
+    __syncthreads();
+
+    Scaling<kElements> scaling;
+    scaling.SetEach(shared.inverses + vector * kElements);
+    const int64_t col = first_col + vector * kElements;
+    for (int i = 0; i < count; ++i, oldest = after(oldest)) {
+      // From the first of those that are held on, then those that are loaded again.
+      if (i >= slots) wait(oldest);
+      const int piece = i + max(count - slots, 0);
+      const int64_t row =
+          int64_t{first + (piece < count ? piece : piece - count) * warps} * kPieceRows +
+          group * kGroupRows;
+      if (row < rows && col < cols) {
+        const uint4* from = reinterpret_cast<const uint4*>(held + oldest * kPieceBytes) +
+                            group * kGroupRows * kVectors + vector;
+        const int64_t at = (batch * rows + row) * cols + col;
+        const int64_t at_t = (batch * cols + col) * rows + row;
+        uint32_t columns[kElements][kGroupRows / 4];
+#pragma unroll
+        for (int j = 0; j < kGroupRows / 4; ++j) {
+          uint32_t words[kElements / 4][4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int r = 4 * j + k;
+            float v[kElements];
+            uint32_t codes[kElements / 4];
+            Unpack<kType>(from[r * kVectors], v);
+            Encode<kFormat, kClip>(v, scaling, limits, codes);
+            if (args.codes != nullptr) StoreBytes(args.codes + at + r * cols, codes);
+#pragma unroll
+            for (int l = 0; l < kElements / 4; ++l) words[l][k] = codes[l];
+          }
+#pragma unroll
+          for (int l = 0; l < kElements / 4; ++l) TransposeWords(words[l], columns + 4 * l, j);
+        }
+        if (args.codes_t != nullptr) {
+#pragma unroll
+          for (int k = 0; k < kElements; ++k) {
+            StoreBytes(args.codes_t + at_t + k * rows, columns[k]);
+          }
+        }
+        if (args.packed_t != nullptr) {
+#pragma unroll
+          for (int k = 0; k < kElements; ++k) {
+            StoreNibbles(args.packed_t + (at_t + k * rows) / 2, columns[k]);
+          }
+        }
+      }
+      __syncwarp();
+      load(oldest);
+    }
+  }
+}
+
+// --- launching ---
+
+template <DType kType>
+int64_t StripsOf(const QuantizeInput& in) {
+  return in.batch * CeilDiv(in.cols, kPieceCols<kType>);
+}
+
+template <DType kType, Format kFormat, Clip kClip>
+cudaError_t LaunchStrips(const QuantizeColumns& args, int warps, int slots, cudaStream_t stream) {
+  constexpr CUtensorMapDataType kMapType = kType == DType::kBF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                           : kType == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const QuantizeInput& in = args.in;
+  CUtensorMap map;
+  cudaError_t error =
+      MakeTensorMap(&map, kMapType, ElementBytes(kType), in.x, in.batch, in.rows, in.cols,
+                    kPieceRows, kPieceCols<kType>, CU_TENSOR_MAP_SWIZZLE_NONE);
+  if (error != cudaSuccess) return error;
+  const auto kernel = StripKernel<kType, kFormat, kClip>;
+  const int bytes = SharedBytes<kType>(warps * slots);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(StripsOf<kType>(in) * kCluster));
+  config.blockDim = dim3(warps * kWarp);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  // No more clusters than are on the device at once, which is not what its multiprocessors add up
+  // to, for a cluster has all of its blocks within one of their groups: a cluster too many would
+  // take all its strips when the others are done with theirs.
+  int clusters;
+  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error != cudaSuccess) return error;
+  config.gridDim.x = std::min<int64_t>(clusters, StripsOf<kType>(in)) * kCluster;
+  return cudaLaunchKernelEx(&config, kernel, map, args, slots);
+}
+
+// As many places as a block has pieces, or can have, and as few of them for each warp as there may
+// be. With one, up to 6144 rows, two blocks or more share a multiprocessor and load by turns.
+cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
+  const int64_t pieces = CeilDiv(CeilDiv(args.in.rows, kPieceRows), kCluster);
+  const int places = static_cast<int>(std::min<int64_t>(pieces, kMaxPieces));
+  const int slots = CeilDiv(places, kMaxWarps), warps = CeilDiv(places, slots);
+  return WithAll(args.in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
+    return LaunchStrips<type(), format(), clip()>(args, warps, slots, stream);
+  });
+}
+
+// Coordinates of the copy engine are 32 bits wide, and so are the numbers of blocks.
+bool HasCoordinates(const QuantizeInput& in) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  return in.batch <= kMax && in.rows <= kMax && in.cols <= kMax &&
+         StripsOf<DType::kF32>(in) <= kMax / kCluster;
+}
+
+}  // namespace
+
+cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stream) {
+  const QuantizeInput& in = args.in;
+  if (in.batch == 0) return cudaSuccess;
+  if (HasFastKernel(args.format, args.outliers) && HasVectors(in, args.codes, nullptr) &&
+      HasGroups(in, args.codes_t, args.packed_t) && HasCoordinates(in)) {
+    return LaunchStrips(args, stream);
+  }
+  Any any = {in, args.outliers, args.format};
+  any.col_scale = args.scale;
+  any.col_amax = args.amax;
+  any.amax_floor = args.amax_floor;
+  any.codes = args.codes;
+  any.codes_t = args.codes_t;
+  any.packed_t = args.packed_t;
+  return LaunchAny(any, stream);
+}
+
+}  // namespace jfp4

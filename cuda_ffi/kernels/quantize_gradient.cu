@@ -1,0 +1,233 @@
+// A gradient for both of its products: a scale a row and one a column, each of its own product. No
+// element has a code before all of its row and of its column are known, so the gradient is read
+// twice: for the largest magnitudes, then, backwards, for the codes of both layouts.
+#include "cuda_ffi/kernels/quantize.cuh"
+#include "cuda_ffi/kernels/quantize_any.h"
+
+namespace jfp4 {
+namespace {
+
+constexpr int kInFlight = 4;  // loads of a thread
+
+// Where the largest magnitudes of the rows and of the columns of a matrix are found.
+struct GradientAmax {
+  uint32_t* rows;
+  uint32_t* cols;
+
+  __device__ GradientAmax(const QuantizeGradient& args, int64_t batch) {
+    uint32_t* amax = reinterpret_cast<uint32_t*>(args.amax);
+    rows = amax + batch * args.in.rows;
+    cols = amax + args.in.batch * args.in.rows + batch * args.in.cols;
+  }
+};
+
+template <int kElements>
+__device__ __forceinline__ void LoadFactors(const float* from, float (&factors)[kElements]) {
+#pragma unroll
+  for (int i = 0; i < kElements; i += 4) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
+    factors[i] = four.x;
+    factors[i + 1] = four.y;
+    factors[i + 2] = four.z;
+    factors[i + 3] = four.w;
+  }
+}
+
+// First pass. Lanes have the vectors of a row, warps the rows of a chunk in turn. Raises args.amax,
+// whose values are compared as integers.
+constexpr int kAmaxRows = 128;
+template <DType kType>
+constexpr int kAmaxCols = kWarp * kPerVector<kType>;
+
+template <DType kType>
+__global__ void __launch_bounds__(kTileThreads)
+    GradientAmaxKernel(const __grid_constant__ QuantizeGradient args) {
+  constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
+  constexpr int kWarps = kTileThreads / kWarp;
+  static_assert(kAmaxRows % (kInFlight * kWarps) == 0 && kCols <= kTileThreads);
+  __shared__ uint32_t magnitudes[kWarps][kCols];
+  const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxRows, kCols);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t col = at.first_col + lane * kElements;
+  const bool inside = col < args.in.cols;
+  const GradientAmax amax(args, at.batch);
+
+  float col_factor[kElements] = {}, largest[kElements] = {};
+  if (inside) LoadFactors(args.col_factor + at.batch * args.in.cols + col, col_factor);
+  const uint4* x = static_cast<const uint4*>(args.in.x) +
+                   (at.batch * args.in.rows * args.in.cols + col) / kElements;
+  for (int row = warp; row < kAmaxRows; row += kInFlight * kWarps) {
+    uint4 held[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t r = at.first_row + row + i * kWarps;
+      held[i] = inside && r < args.in.rows ? __ldg(x + r * args.in.cols / kElements) : uint4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t r = at.first_row + row + i * kWarps;
+      if (r >= args.in.rows) break;
+      const float row_factor = __ldg(args.row_factor + at.batch * args.in.rows + r);
+      float v[kElements], of_row = 0;
+      Unpack<kType>(held[i], v);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        of_row = MaxOrNaN(of_row, fabsf(__fmul_rn(v[j], col_factor[j])));
+        largest[j] = MaxOrNaN(largest[j], fabsf(__fmul_rn(v[j], row_factor)));
+      }
+      const uint32_t all = WarpMax(__float_as_uint(of_row));
+      if (lane == 0) atomicMax(amax.rows + r, all);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    magnitudes[warp][lane * kElements + i] = inside ? __float_as_uint(largest[i]) : 0;
+  }
+  __syncthreads();
+  if (threadIdx.x < at.cols) {
+    uint32_t all = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) all = max(all, magnitudes[i][threadIdx.x]);
+    atomicMax(amax.cols + at.first_col + threadIdx.x, all);
+  }
+}
+
+// Second pass: the codes, those of the columns by way of a tile.
+template <DType kType, Format kFormat>
+__global__ void __launch_bounds__(kTileThreads, 4)
+    GradientTileKernel(const __grid_constant__ QuantizeGradient args) {
+  constexpr int kElements = kPerVector<kType>;
+  constexpr int kLanes = kTile / kElements;  // that have a row of the tile
+  constexpr int kRowsAtOnce = kTileThreads / kLanes;
+  constexpr int kChunkRows = kInFlight * kRowsAtOnce;
+  static_assert(kTile % kChunkRows == 0);
+  __shared__ __align__(16) uint32_t tile[kTile * kTileStride];
+  __shared__ float row_inverses[kTile], row_factors[kTile];
+
+  // From the last tile to the first: the end of dy is what the pass before has left in L2.
+  const Place at(gridDim.x - 1 - blockIdx.x, args.in.rows, args.in.cols, kTile, kTile);
+  const int col = threadIdx.x % kLanes * kElements, lane_row = threadIdx.x / kLanes;
+  const bool inside = col < at.cols;
+  const GradientAmax amax(args, at.batch);
+
+  const int64_t origin =
+      (at.batch * args.in.rows + at.first_row) * args.in.cols + at.first_col + col;
+  const uint4* x = static_cast<const uint4*>(args.in.x) + origin / kElements;
+  const int64_t vectors = args.in.cols / kElements;
+  uint4 held[kInFlight];
+  const auto load = [&](int row) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int r = row + i * kRowsAtOnce;
+      held[i] = inside && r < at.rows ? __ldcs(x + r * vectors) : uint4{};
+    }
+  };
+  load(lane_row);
+  if (threadIdx.x < at.rows) {
+    const int64_t row = at.first_row + threadIdx.x, slice = at.batch * args.in.rows + row;
+    const float scale = ScaleOf(amax.rows[row], kFormat);
+    row_inverses[threadIdx.x] = __frcp_rn(scale);
+    row_factors[threadIdx.x] = args.row_factor[slice];
+    if (at.first_col == 0) args.row_scale[slice] = scale;
+  }
+  Scaling<kElements> by_col;
+  float col_factor[kElements];
+  if (inside) {
+    const int64_t slice = at.batch * args.in.cols + at.first_col + col;
+    float inverses[kElements];
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float scale = ScaleOf(amax.cols[at.first_col + col + i], kFormat);
+      inverses[i] = __frcp_rn(scale);
+      if (at.first_row == 0 && lane_row == 0) args.col_scale[slice + i] = scale;
+    }
+    by_col.SetEach(inverses);
+    LoadFactors(args.col_factor + slice, col_factor);
+  }
+  __syncthreads();
+
+#pragma unroll
+  for (int chunk = 0; chunk < kTile; chunk += kChunkRows) {
+    if (chunk > 0) load(chunk + lane_row);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int row = chunk + lane_row + i * kRowsAtOnce;
+      if (!inside || row >= at.rows) break;
+      float v[kElements], product[kElements];
+      uint32_t words[kElements / 4];
+      Unpack<kType>(held[i], v);
+      Scaling<kElements> by_row;
+      by_row.SetAll(row_inverses[row]);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) product[j] = __fmul_rn(v[j], col_factor[j]);
+      Encode<kFormat, Clip::kNone>(product, by_row, Limits{}, words);
+      StoreBytes(args.codes + origin + row * args.in.cols, words);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) product[j] = __fmul_rn(v[j], row_factors[row]);
+      Encode<kFormat, Clip::kNone>(product, by_col, Limits{}, words);
+      StoreBytes(tile + TileWord(row, col / 4), words);
+    }
+  }
+  __syncthreads();
+  StoreTransposed(
+      tile, at.rows, at.cols, args.in.rows,
+      args.codes_t + (at.batch * args.in.cols + at.first_col) * args.in.rows + at.first_row);
+}
+
+// --- launching ---
+
+cudaError_t LaunchGradientTiles(const QuantizeGradient& args, cudaStream_t stream) {
+  const QuantizeInput& in = args.in;
+  const int64_t rows = in.batch * in.rows, cols = in.batch * in.cols;
+  cudaError_t error;
+  if (args.row_floor == nullptr && args.col_floor == nullptr) {
+    error = StartAmax(args.amax, nullptr, rows + cols, stream);
+  } else {
+    error = StartAmax(args.amax, args.row_floor, rows, stream);
+    if (error == cudaSuccess) error = StartAmax(args.amax + rows, args.col_floor, cols, stream);
+  }
+  if (error != cudaSuccess) return error;
+  error = WithType(in.type, [&](auto type) {
+    const int64_t blocks =
+        in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAmaxCols<type()>);
+    return Launch(GradientAmaxKernel<type()>, blocks, kTileThreads, stream, args);
+  });
+  if (error != cudaSuccess) return error;
+  return WithType(in.type, [&](auto type) {
+    return WithFormat(args.format, [&](auto format) {
+      return Launch(GradientTileKernel<type(), format()>, TileBlocks(in), kTileThreads, stream,
+                    args);
+    });
+  });
+}
+
+cudaError_t LaunchAnyGradient(const QuantizeGradient& args, cudaStream_t stream) {
+  const QuantizeInput& in = args.in;
+  Any rows = {in, {}, args.format};
+  rows.col_factor = args.col_factor;
+  rows.row_scale = args.row_scale;
+  rows.amax_floor = args.row_floor;
+  rows.codes = args.codes;
+  Any columns = {in, {}, args.format};
+  columns.row_factor = args.row_factor;
+  columns.col_scale = args.col_scale;
+  columns.col_amax = args.amax + in.batch * in.rows;
+  columns.amax_floor = args.col_floor;
+  columns.codes_t = args.codes_t;
+  const cudaError_t error = LaunchAny(rows, stream);
+  return error == cudaSuccess ? LaunchAny(columns, stream) : error;
+}
+
+}  // namespace
+
+cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t stream) {
+  const QuantizeInput& in = args.in;
+  if (in.batch == 0) return cudaSuccess;
+  if (!HasVectors(in, args.codes, nullptr) || !HasGroups(in, args.codes_t, nullptr) ||
+      !IsAligned(args.col_factor, sizeof(float4))) {
+    return LaunchAnyGradient(args, stream);
+  }
+  return LaunchGradientTiles(args, stream);
+}
+
+}  // namespace jfp4
