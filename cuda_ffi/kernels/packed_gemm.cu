@@ -248,14 +248,6 @@ __device__ __forceinline__ void Unpack(const uint32_t (&words)[4], uint32_t (&co
 struct Work {
   int rank, batch, first_token, first_row;
   int begin, steps;
-  int turn;  // the step that comes first
-
-  // What a step takes of k. All blocks want the same tokens, so those of one tile begin elsewhere
-  // than those of the next: otherwise they would all be served by the same few slices of L2.
-  __device__ __forceinline__ int Column(int step) const {
-    const int turned = step + turn;
-    return begin + turned - (turned < steps ? 0 : steps);
-  }
 };
 
 // The first copies wait for this, so it divides only where it has to.
@@ -268,20 +260,16 @@ __device__ __forceinline__ Work BlockWork(const Params& p) {
     m_tile = n_tile % p.m_tiles;
     n_tile /= p.m_tiles;
   }
-  // Multiples of the golden ratio spread any number of tiles over the steps.
-  const uint32_t spread = n_tile * 0x9E3779B9u;
   if (p.batch > 1) {
     batch = n_tile / p.n_tiles;
     n_tile -= batch * p.n_tiles;
   }
-  const int steps = p.steps + (rank < p.longer);
   return {rank,
           batch,
           m_tile * kTokens,
           n_tile * p.rows,
           rank * p.steps + min(rank, p.longer),
-          steps,
-          static_cast<int>(__umulhi(spread, steps))};
+          p.steps + (rank < p.longer)};
 }
 
 // Everything is set up once all threads have been here.
@@ -294,7 +282,7 @@ __device__ __forceinline__ void CopyStep(const Params& p, const CUtensorMap& a_m
                                          int slot, Shared<kTokens>& shared) {
   Fixed<kTokens>& fixed = shared.fixed;
   uint8_t* stage = shared.ring + slot * p.stage_bytes;
-  const int column = work.Column(step) * kStageRowBytes;
+  const int column = (work.begin + step) * kStageRowBytes;
   BarrierExpect(&fixed.b_full[slot], p.rows * kStageRowBytes);
   TensorLoad(stage + kTokenBytes<kTokens>, &b_map, &fixed.b_full[slot], column, work.first_row,
              work.batch);
@@ -303,34 +291,42 @@ __device__ __forceinline__ void CopyStep(const Params& p, const CUtensorMap& a_m
              work.batch);
 }
 
-// One warp's part before SetUp: the other warps need not be there for the first copies.
+// One thread's part before SetUp: the first copies wait for no other thread, and for no barriers
+// but their own. A barrier is initialised at a uniform address, so lanes with one each would take
+// turns, and each turn has a fence: one thread that knows all addresses is faster, and needs one
+// fence.
 template <int kTokens>
-__device__ __forceinline__ void Start(const Params& p, const CUtensorMap& a_map,
-                                      const CUtensorMap& b_map, const Work& work,
-                                      Shared<kTokens>& shared) {
+__device__ __forceinline__ void StartCopies(const Params& p, const CUtensorMap& a_map,
+                                            const CUtensorMap& b_map, const Work& work,
+                                            Shared<kTokens>& shared) {
   Fixed<kTokens>& fixed = shared.fixed;
-  const int lane = threadIdx.x % kWarp;
-  static_assert(kMaxStages <= kWarp);
-  if (work.steps > 0 && lane == 0) {
+  if (work.steps > 0) {
     PrefetchTensorMap(&b_map);
     PrefetchTensorMap(&a_map);
   }
-  if (lane < p.stages) {
-    BarrierInit(&fixed.a_full[lane], 1);
-    BarrierInit(&fixed.b_full[lane], 1);
-    BarrierInit(&fixed.unpacked[lane], kTokenWarps);
-    BarrierInit(&fixed.empty[lane], p.row_groups * (kWarpgroup / kWarp));
+#pragma unroll
+  for (int s = 0; s < kMaxStages; ++s) {
+    BarrierInit(&fixed.b_full[s], 1);
+    BarrierInit(&fixed.a_full[s], 1);
   }
   FenceBarrierInit();
   FenceAsyncProxy();
-  __syncwarp();
-  if (lane == 0) {
 #pragma unroll 1
-    for (int step = 0; step < min(p.stages, work.steps); ++step) {
-      CopyStep(p, a_map, b_map, work, step, step, shared);
-    }
+  for (int step = 0; step < min(p.stages, work.steps); ++step) {
+    CopyStep(p, a_map, b_map, work, step, step, shared);
   }
-  __syncwarp();
+}
+
+// Another thread's, meanwhile. The copy engine knows nothing of these barriers, so SetUp is all
+// that whoever uses them waits for.
+template <int kTokens>
+__device__ __forceinline__ void InitOtherBarriers(const Params& p, Shared<kTokens>& shared) {
+  Fixed<kTokens>& fixed = shared.fixed;
+#pragma unroll
+  for (int s = 0; s < kMaxStages; ++s) {
+    BarrierInit(&fixed.unpacked[s], kTokenWarps);
+    BarrierInit(&fixed.empty[s], p.row_groups * (kWarpgroup / kWarp));
+  }
 }
 
 // The token warps' part: unpacks a's nibbles, a step after the other, and fills stages anew.
@@ -486,14 +482,16 @@ __device__ __forceinline__ void StoreFour(const Params& p, int64_t index, int co
 }
 
 // Adds up the blocks' sums and writes this block's share of the tile. A thread has the sums of
-// kBlocks blocks on their way before it needs the first, and of as many fours as registers allow.
+// kBlocks blocks on their way before it needs the first, and of as many fours along n as it takes
+// for so many blocks to do the largest tile at once. (Not of more: indices of fours that are not
+// there take time, too, and here everything waits.)
 template <int kTokens, int kBlocks>
 __device__ __forceinline__ void Finish(const Params& p, const Work& work, Shared<kTokens>& shared) {
   const Fixed<kTokens>& fixed = shared.fixed;
   const int fours = p.rows / 4;
   const int count = min(kTokens, p.m - work.first_token) * fours;
   const int stride = p.split * kThreads;
-  constexpr int kFours = 8 / kBlocks;
+  constexpr int kFours = (kTokens * kMaxRows / 4 + kBlocks * kThreads - 1) / (kBlocks * kThreads);
 #pragma unroll 1
   for (int i = work.rank * kThreads + threadIdx.x; i < count; i += kFours * stride) {
     int token[kFours], row[kFours];
@@ -610,7 +608,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   // From the first lane, so that the compiler sees that it is the same in all.
   const int warp = __shfl_sync(~0u, threadIdx.x / kWarp, 0);
   if (warp >= kConsumerWarps) {
-    if (warp == kConsumerWarps) Start(p, a_map, b_map, work, shared);
+    if (threadIdx.x == kConsumerThreads) StartCopies(p, a_map, b_map, work, shared);
+    if (threadIdx.x == kConsumerThreads + kWarp) InitOtherBarriers(p, shared);
+    __syncwarp();
     SetUp();
     UnpackTokens(p, a_map, b_map, work, warp - kConsumerWarps, shared);
   } else {
@@ -689,16 +689,16 @@ struct Plan {
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Microseconds that a multiprocessor takes for a block, fitted to products of every split of 1 to
-// 64 tokens on a GPU that reads 3.0 TB/s. With 1.4 times that, bytes of b cost less, and hardly a
-// choice differs.
+// Microseconds that a multiprocessor takes for a block, fitted to products of every split of 1, 16
+// and 64 tokens on a GPU that reads 3.0 TB/s. With 1.4 times that, bytes of b cost less, and the
+// choices for those products are the same.
 template <int kTokens>
 double BlockCost(int64_t steps, int64_t rows, int split) {
-  constexpr double kBlock = 4.05;        // launch, the first bytes' way, the last step, the end
-  constexpr double kByteOfB = 31.3e-6;   // of nibbles, from memory
-  constexpr double kByteOfA = 60.4e-6;   // of nibbles, from L2, and to be unpacked
-  constexpr double kGroup = 71e-3;       // a step of a wgmma's rows, however few of them count
-  constexpr double kExchange = 35.3e-6;  // a byte of sums that other blocks have or want
+  constexpr double kBlock = 4.4;         // launch, the first bytes' way, the last step, the end
+  constexpr double kByteOfB = 26e-6;     // of nibbles, from memory
+  constexpr double kByteOfA = 28.4e-6;   // of nibbles, from L2, and to be unpacked
+  constexpr double kGroup = 96e-3;       // a step of a wgmma's rows, however few of them count
+  constexpr double kExchange = 33.7e-6;  // a byte of sums that other blocks have or want
   const double step =
       kStageRowBytes * (kByteOfB * rows + kByteOfA * kTokens) + kGroup * DivideUp(rows, kWgmmaRows);
   return kBlock + steps * step + kExchange * sizeof(float) * rows * kTokens * (split - 1) / split;
