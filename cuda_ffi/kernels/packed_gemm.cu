@@ -1,15 +1,18 @@
 // The codes of b stream once from memory, so everything serves keeping many of their bytes in
-// flight. A cluster of blocks computes one tile of y, each block over its own share of k; two such
-// blocks fit an SM, and whenever the tiles allow it all blocks of a product run at the same time.
+// flight, and as many on one multiprocessor as on the next. A cluster of blocks computes one tile
+// of y, each block over its own share of k; there is one block on a multiprocessor, and the tiles
+// are as high as it takes for all blocks to run at once with equal shares of b.
 //
 // Tensor cores read E4M3: the nibble s e e m, placed as the byte s 0 0 e e m 0 0, is its E2M1 value
 // times 2^-6 exactly, subnormals included, so unpacking is shifts and masks and no table. Rows of b
 // are the 64 rows of a wgmma, from registers; rows of a are its columns, from shared memory.
 //
-// In a block one warp copies b's nibbles into a ring of shared-memory stages, three warps fetch a,
-// unpack it and add it to the stages, and two warpgroups unpack b into registers and multiply.
-// Then the blocks of the cluster read each other's sums, which are exact, so that neither their
-// number nor their order shows in y.
+// A stage of a block's ring is a step along k. The copy engine brings nibbles of a and of b into
+// it; four warps unpack those of a within it, and four warpgroups unpack b into registers and
+// multiply, the next codes while the last ones are being multiplied. (Warps that unpack must not
+// load from memory: the fence between their stores and the tensor cores waits for loads as well,
+// and so for those of steps to come.) At the end the blocks of the cluster read each other's sums,
+// which are exact, so that neither their number nor their order shows in y.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -22,48 +25,46 @@
 namespace jfp4 {
 namespace {
 
-constexpr int kConsumers = 2;  // warpgroups
+constexpr int kConsumers = 4;  // warpgroups that multiply
 constexpr int kConsumerThreads = kConsumers * kWarpgroup;
-constexpr int kThreads = kConsumerThreads + kWarpgroup;
-constexpr int kTokenWarps = kWarpgroup / kWarp - 1;  // producers of a; the remaining one copies b
-constexpr int kBlocksPerSm = 2;
+constexpr int kConsumerWarps = kConsumerThreads / kWarp;
+constexpr int kTokenWarps = 4;  // unpack a
+// Five warps on each quarter of a multiprocessor have 96 registers, six would have 80.
+constexpr int kThreads = kConsumerThreads + kTokenWarps * kWarp;
 constexpr int kMaxSplit = 8;  // blocks of a cluster, as far as every Hopper GPU grants it
 
 constexpr int kWgmmaRows = 64;
 constexpr int kWgmmaK = 32;
-constexpr int kChunk = 16;           // bytes that a thread copies or loads at once
+constexpr int kChunk = 16;           // bytes that a thread loads at once
 constexpr int kChunkK = 2 * kChunk;  // codes in it
-constexpr int kStageRowBytes = 128;  // of nibbles: a stage's share of a row, a full cache line
+constexpr int kSwizzleRow = 128;     // bytes
+constexpr int kSwizzleRows = 8;      // after which the swizzle repeats
+// A stage's share of a row of b, in nibbles, is a full cache line.
+constexpr int kStageRowBytes = kSwizzleRow;
 constexpr int kStageK = 2 * kStageRowBytes;
 constexpr int kStageChunks = kStageRowBytes / kChunk;
-// A lane of a wgmma holds the codes of one chunk in four of them: a quad of lanes spans a segment,
-// which unpacked is one row of the 128-byte swizzle.
+// A segment of a stage, unpacked, is one row of the 128-byte swizzle; a chunk is one wgmma's share.
 constexpr int kSegments = 2;
 constexpr int kSegmentChunks = kStageChunks / kSegments;
-constexpr int kSegmentWgmmas = kChunk / 4;
-constexpr int kSwizzleRow = 128;
-static_assert(kSegmentChunks * kChunkK == kSwizzleRow);
-static_assert(kSegmentWgmmas * kWgmmaK == kSwizzleRow);
+static_assert(kSegmentChunks * kChunkK == kSwizzleRow && kChunkK == kWgmmaK);
 
 constexpr float kUnscale = 4096;  // both operands are 2^-6 of their values
 
-constexpr int kSharedLimit = 113 * 1024;  // of a block, with two of them on an SM
+constexpr int kSharedLimit = 227 * 1024;  // of a block
 constexpr int kAlignment = 1024;          // of a 128-byte-swizzled tile
 
-// Of b's rows, so that a tile's share of a stays small beside its share of b. With 64 rows the two
-// warpgroups take turns along k.
-template <int kTokens>
-constexpr int kRows = kTokens <= 16 ? kWgmmaRows : kConsumers * kWgmmaRows;
+// Rows of b in a tile: any multiple of the swizzle's, so that shares can be equal.
+constexpr int kMaxRows = kConsumers * kWgmmaRows;
 
-// Warpgroups that add to the same sums.
-template <int kTokens>
-constexpr int kSharers = kConsumers * kWgmmaRows / kRows<kTokens>;
+// Stages: as many as fit, up to the barriers that there are for them.
+constexpr int kMinStages = 3;
+constexpr int kMaxStages = 16;
 
-template <int kTokens>
-struct Stage {
-  uint8_t tokens[kSegments][kTokens * kSwizzleRow];  // of a, unpacked
-  uint8_t rows[kRows<kTokens> * kStageRowBytes];     // of b, nibbles
-};
+// Warpgroups that take turns along k with the same rows, where a tile has few. Each must meet the
+// same stages again and again: a barrier that is waited for only now and then may be a phase
+// behind. And a stage is released a turn late, so there must be more of them than take turns.
+constexpr int kMaxSharers = 2;
+static_assert(kMinStages > kMaxSharers);
 
 // A warpgroup's sums. A quad's lanes write columns two apart: the padding keeps those of a warp in
 // different banks, and four neighbours along n loadable at once.
@@ -71,34 +72,48 @@ constexpr int kSumsPitch = kWgmmaRows + 4;
 static_assert(2 * kSumsPitch % 32 == 8 && kSumsPitch % 4 == 0);
 
 template <int kTokens>
-struct Factors {
-  float b_scale[kRows<kTokens>];
-  float bias[kRows<kTokens>];
+struct Fixed {
   float a_scale[kTokens];
+  float b_scale[kMaxRows];
+  float bias[kMaxRows];
+  uint64_t a_full[kMaxStages];  // nibbles are there
+  uint64_t b_full[kMaxStages];
+  uint64_t unpacked[kMaxStages];  // a's
+  uint64_t empty[kMaxStages];
 };
 
+// Of a stage: a's codes, a segment after the other; a's nibbles; b's nibbles, all in swizzled rows.
 template <int kTokens>
-constexpr int kStages =
-    (kSharedLimit - kAlignment - static_cast<int>(sizeof(Factors<kTokens>)) - 256) /
-    static_cast<int>(sizeof(Stage<kTokens>));
+constexpr int kTokenCodes = kSegments * kTokens * kSwizzleRow;
+template <int kTokens>
+constexpr int kTokenNibbles = kTokens * kStageRowBytes;
+template <int kTokens>
+constexpr int kTokenBytes = kTokenCodes<kTokens> + kTokenNibbles<kTokens>;
+
+template <int kTokens>
+constexpr int kRingBytes = (kSharedLimit - kAlignment - static_cast<int>(sizeof(Fixed<kTokens>))) /
+                           kAlignment * kAlignment;
 
 template <int kTokens>
 struct Shared {
   union {
-    Stage<kTokens> stages[kStages<kTokens>];
+    uint8_t ring[kRingBytes<kTokens>];
     float sums[kConsumers][kTokens][kSumsPitch];  // once the last stage is used up
   };
-  Factors<kTokens> factors;
-  uint64_t full[kStages<kTokens>];
-  uint64_t empty[kStages<kTokens>];
+  Fixed<kTokens> fixed;
 };
 
 struct Params {
-  int m, n, k;
+  int batch, m, n;
   int m_tiles, n_tiles;
+  int rows;        // of b, in a tile
+  int row_groups;  // of them, a wgmma's each
+  int sharers;     // warpgroups that take turns along k with the same row group
+  int stages;      // of the ring
+  int stage_bytes;
   int split;  // blocks of a cluster
-  const uint8_t* a;
-  const uint8_t* b;
+  int steps;  // along k of each, and of as many as `longer` one more
+  int longer;
   const float* a_scale;
   const float* b_scale;
   bool a_scale_rows, b_scale_rows;  // one number a row, rather than one a matrix
@@ -108,45 +123,7 @@ struct Params {
   bool vector_store;  // whether four neighbours in y are aligned to their size
 };
 
-// The tile of y that a cluster computes, and the stages along k that this block sums over.
-struct Work {
-  int batch, first_token, first_row;
-  int begin, end;
-};
-
-template <int kTokens>
-__device__ __forceinline__ Work BlockWork(const Params& p) {
-  const int rank = blockIdx.x % p.split;
-  // Tiles of the same rows of b are neighbours: they find them in L2.
-  const int tile = blockIdx.x / p.split;
-  const int band = tile / p.m_tiles;
-  const int batch = band / p.n_tiles;
-  const int stages = (p.k + kStageK - 1) / kStageK;
-  return {batch, tile % p.m_tiles * kTokens, (band - batch * p.n_tiles) * kRows<kTokens>,
-          rank * stages / p.split, (rank + 1) * stages / p.split};
-}
-
 // --- instructions that hopper.cuh has no use for ---
-
-__device__ __forceinline__ void CopyChunk(uint32_t shared_address, const uint8_t* source) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], %2;" ::"r"(shared_address),
-               "l"(source), "n"(kChunk)
-               : "memory");
-}
-
-// Arrives at the barrier once this thread's copies so far have landed.
-__device__ __forceinline__ void BarrierArriveCopied(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 LoadChunk(const uint8_t* source) {
-  uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(source));
-  return v;
-}
 
 __device__ __forceinline__ uint4 LoadShared(uint32_t shared_address) {
   uint4 v;
@@ -157,8 +134,31 @@ __device__ __forceinline__ uint4 LoadShared(uint32_t shared_address) {
   return v;
 }
 
-__device__ __forceinline__ void StoreShared(uint32_t shared_address, uint32_t v) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address), "r"(v) : "memory");
+// A warp's four 8 x 16-byte matrices: lane i gives the address of row i % 8 of matrix i / 8, and
+// gets word i % 4 of row i / 4 of each.
+__device__ __forceinline__ void LoadMatrices(uint32_t shared_address, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address)
+               : "memory");
+}
+
+__device__ __forceinline__ void StoreShared(uint32_t shared_address, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
+__device__ __forceinline__ int ClusterId() {
+  int id;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
+}
+
+// Waits for the cluster's other threads to be here, and not for what they and this one have stored.
+__device__ __forceinline__ void ClusterMeet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::
+                   : "memory");
 }
 
 __device__ __forceinline__ float4 LoadCluster(uint32_t cluster_address) {
@@ -227,136 +227,220 @@ __device__ __forceinline__ uint32_t OddCodes(uint32_t nibbles) {
   return (nibbles & kSign) | (nibbles >> 2 & kMagnitude);
 }
 
-// The order of codes along k is free as long as both operands keep to it. Lane q of a quad holds
-// chunk q of the segment; word i of it goes to wgmma i, its even codes as the first four bytes
-// that this lane supplies and its odd ones as the second: bytes 4 q and 16 + 4 q.
-
-// --- the parts of a block ---
-
-template <int kTokens>
-__device__ __forceinline__ void CopyRows(const Params& p, const Work& work,
-                                         Shared<kTokens>& shared) {
-  constexpr int kRowsAtOnce = kWarp / kStageChunks;
-  const int lane = threadIdx.x % kWarp;
-  const int row = lane / kStageChunks, chunk = lane % kStageChunks;
-  const int64_t pitch = p.k / 2;
-  const uint8_t* b = p.b + int64_t{work.batch} * p.n * pitch;
-  // Swaps the segments of odd rows: eight lanes that load two rows' chunks then use all banks.
-  static_assert(kRowsAtOnce % 2 == 0);
-  const int place = row * kStageRowBytes + (chunk ^ row % 2 * kSegmentChunks) * kChunk;
-  for (int s = work.begin; s < work.end; ++s) {
-    const int slot = (s - work.begin) % kStages<kTokens>;
-    BarrierWait(&shared.empty[slot], ((s - work.begin) / kStages<kTokens> & 1) ^ 1);
-    // What lies past an edge is replaced by what lies on it: rows past n are not stored, and codes
-    // past k meet zeros of a.
-    const uint8_t* column = b + min(s * kStageChunks + chunk, p.k / kChunkK - 1) * kChunk;
-    const uint32_t destination = SharedAddress(shared.stages[slot].rows) + place;
-#pragma unroll 8  // not all of them: the addresses would be kept from stage to stage, and spill
-    for (int i = 0; i < kRows<kTokens>; i += kRowsAtOnce) {
-      CopyChunk(destination + i * kStageRowBytes,
-                column + min(work.first_row + i + row, p.n - 1) * pitch);
-    }
-    BarrierArriveCopied(&shared.full[slot]);
+// Codes of two chunks; of each, words has that of a row and of the eighth one below it.
+__device__ __forceinline__ void Unpack(const uint32_t (&words)[4], uint32_t (&codes)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    codes[i][0] = EvenCodes(words[2 * i]);
+    codes[i][1] = EvenCodes(words[2 * i + 1]);
+    codes[i][2] = OddCodes(words[2 * i]);
+    codes[i][3] = OddCodes(words[2 * i + 1]);
   }
 }
 
+// The order of codes along k is free as long as both operands keep to it. The even codes of a chunk
+// are the first half of a wgmma's 32 bytes along k, the odd ones the second half; lane q of a quad
+// has word q of the chunk, and so bytes 4 q and 16 + 4 q, which are those it supplies.
+
+// --- the parts of a block ---
+
+// The tile of y that a cluster computes, and the steps along k that this block sums over.
+struct Work {
+  int rank, batch, first_token, first_row;
+  int begin, steps;
+};
+
+// The first copies wait for this, so it divides only where it has to.
 template <int kTokens>
-__device__ __forceinline__ void UnpackTokens(const Params& p, const Work& work, int warp,
-                                             Shared<kTokens>& shared) {
-  // A warp takes eight rows of a segment at once, a quad of lanes each. Every store of a warp then
-  // covers all banks.
-  constexpr int kRowsAtOnce = kWarp / kSegmentChunks;
-  constexpr int kGroups = kTokens / kRowsAtOnce;
-  constexpr int kItems = kSegments * kGroups;
-  constexpr int kLoads = kItems < 8 ? kItems : 8;  // in flight, as far as registers allow
-  static_assert(kTokens % kRowsAtOnce == 0 && kItems % kLoads == 0 && kRowsAtOnce == 8);
-  const int lane = threadIdx.x % kWarp;
-  const int row = lane / kSegmentChunks, chunk = lane % kSegmentChunks;
-  const int64_t pitch = p.k / 2;
-  const uint8_t* a = p.a + (int64_t{work.batch} * p.m + work.first_token + row) * pitch;
-  const int tokens = p.m - work.first_token - row;
-  for (int s = work.begin + warp; s < work.end; s += kTokenWarps) {
-    const int slot = (s - work.begin) % kStages<kTokens>;
+__device__ __forceinline__ Work BlockWork(const Params& p) {
+  const int rank = ClusterRank();
+  // Tiles of the same rows of b are neighbours: they find them in L2.
+  int n_tile = ClusterId(), m_tile = 0, batch = 0;
+  if (p.m_tiles > 1) {
+    m_tile = n_tile % p.m_tiles;
+    n_tile /= p.m_tiles;
+  }
+  if (p.batch > 1) {
+    batch = n_tile / p.n_tiles;
+    n_tile -= batch * p.n_tiles;
+  }
+  return {rank,
+          batch,
+          m_tile * kTokens,
+          n_tile * p.rows,
+          rank * p.steps + min(rank, p.longer),
+          p.steps + (rank < p.longer)};
+}
+
+// Everything is set up once all threads have been here.
+__device__ __forceinline__ void SetUp() { NamedBarrier(0, kThreads); }
+
+// Starts the copies of a step into its stage. What lies past an edge reads as zero.
+template <int kTokens>
+__device__ __forceinline__ void CopyStep(const Params& p, const CUtensorMap& a_map,
+                                         const CUtensorMap& b_map, const Work& work, int step,
+                                         int slot, Shared<kTokens>& shared) {
+  Fixed<kTokens>& fixed = shared.fixed;
+  uint8_t* stage = shared.ring + slot * p.stage_bytes;
+  const int column = (work.begin + step) * kStageRowBytes;
+  BarrierExpect(&fixed.b_full[slot], p.rows * kStageRowBytes);
+  TensorLoad(stage + kTokenBytes<kTokens>, &b_map, &fixed.b_full[slot], column, work.first_row,
+             work.batch);
+  BarrierExpect(&fixed.a_full[slot], kTokenNibbles<kTokens>);
+  TensorLoad(stage + kTokenCodes<kTokens>, &a_map, &fixed.a_full[slot], column, work.first_token,
+             work.batch);
+}
+
+// One thread's part before SetUp: the first copies wait for no other thread, and for no barriers
+// but their own. A barrier is initialised at a uniform address, so lanes with one each would take
+// turns, and each turn has a fence: one thread that knows all addresses is faster, and needs one
+// fence.
+template <int kTokens>
+__device__ __forceinline__ void StartCopies(const Params& p, const CUtensorMap& a_map,
+                                            const CUtensorMap& b_map, const Work& work,
+                                            Shared<kTokens>& shared) {
+  Fixed<kTokens>& fixed = shared.fixed;
+  if (work.steps > 0) {
+    PrefetchTensorMap(&b_map);
+    PrefetchTensorMap(&a_map);
+  }
+#pragma unroll
+  for (int s = 0; s < kMaxStages; ++s) {
+    BarrierInit(&fixed.b_full[s], 1);
+    BarrierInit(&fixed.a_full[s], 1);
+  }
+  FenceBarrierInit();
+  FenceAsyncProxy();
 #pragma unroll 1
-    for (int first = 0; first < kItems; first += kLoads) {
+  for (int step = 0; step < min(p.stages, work.steps); ++step) {
+    CopyStep(p, a_map, b_map, work, step, step, shared);
+  }
+}
+
+// Another thread's, meanwhile. The copy engine knows nothing of these barriers, so SetUp is all
+// that whoever uses them waits for.
+template <int kTokens>
+__device__ __forceinline__ void InitOtherBarriers(const Params& p, Shared<kTokens>& shared) {
+  Fixed<kTokens>& fixed = shared.fixed;
+#pragma unroll
+  for (int s = 0; s < kMaxStages; ++s) {
+    BarrierInit(&fixed.unpacked[s], kTokenWarps);
+    BarrierInit(&fixed.empty[s], p.row_groups * (kWarpgroup / kWarp));
+  }
+}
+
+// The token warps' part: unpacks a's nibbles, a step after the other, and fills stages anew.
+template <int kTokens>
+__device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap& a_map,
+                                             const CUtensorMap& b_map, const Work& work, int warp,
+                                             Shared<kTokens>& shared) {
+  Fixed<kTokens>& fixed = shared.fixed;
+  // A warp takes a segment of eight rows at a time, its lane chunk lane / 8 of row lane % 8, so
+  // that eight lanes load and store in all banks.
+  static_assert(kSwizzleRows * kSegmentChunks == kWarp && kTokenWarps % kSegments == 0);
+  constexpr int kOctets = kTokens / kSwizzleRows;
+  constexpr int kWarpOctets = kTokenWarps / kSegments;  // that the warps take together
+  constexpr int kLoads = (kOctets + kWarpOctets - 1) / kWarpOctets;
+  const int lane = threadIdx.x % kWarp;
+  const int segment = warp % kSegments, octet = warp / kSegments;
+  const int row = lane % kSwizzleRows, chunk = lane / kSwizzleRows;
+  // Exclusive or with a multiple of 16 moves along the swizzled row.
+  const uint32_t place = SharedAddress(shared.ring) + (octet * kSwizzleRows + row) * kSwizzleRow;
+  const uint32_t from =
+      place + kTokenCodes<kTokens> + (row ^ (segment * kSegmentChunks + chunk)) * kChunk;
+  const uint32_t to = place + segment * kTokens * kSwizzleRow + (row ^ 2 * chunk) * kChunk;
+  constexpr int kPitch = kWarpOctets * kSwizzleRows * kSwizzleRow;
+  // A stage is filled anew so many steps after a was unpacked in it: then whoever multiplies is
+  // done with it, or soon will be. They are no fewer than the warpgroups that take turns, for a
+  // stage is released a turn late.
+  const int behind = p.stages / 2;
+  int slot = 0, parity = 0, refill_slot = 0, refill_parity = 0;
+  for (int step = 0; step < work.steps; ++step) {
+    BarrierWait(&fixed.a_full[slot], parity);
+    const int stage = slot * p.stage_bytes;
+    if (octet < kOctets) {
       uint4 nibbles[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int segment = (first + i) / kGroups;
-        const int token = (first + i) % kGroups * kRowsAtOnce;
-        const int column = s * kStageChunks + segment * kSegmentChunks + chunk;
-        nibbles[i] = make_uint4(0, 0, 0, 0);
-        if (token < tokens && column < p.k / kChunkK) {
-          nibbles[i] = LoadChunk(a + token * pitch + column * kChunk);
-        }
-      }
-      BarrierWait(&shared.empty[slot], ((s - work.begin) / kStages<kTokens> & 1) ^ 1);
+      for (int i = 0; i < kLoads; ++i) nibbles[i] = LoadShared(from + stage + i * kPitch);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const int segment = (first + i) / kGroups;
-        const int token = (first + i) % kGroups * kRowsAtOnce;
-        const uint32_t words[] = {nibbles[i].x, nibbles[i].y, nibbles[i].z, nibbles[i].w};
-        // Exclusive or with a multiple of 16 moves along the swizzled row.
-        const uint32_t place = SharedAddress(shared.stages[slot].tokens[segment]) +
-                               (token + row) * kSwizzleRow + row * kChunk + chunk * 4;
-#pragma unroll
-        for (int w = 0; w < kSegmentWgmmas; ++w) {
-          StoreShared(place ^ w * kWgmmaK, EvenCodes(words[w]));
-          StoreShared(place ^ (w * kWgmmaK + kWgmmaK / 2), OddCodes(words[w]));
-        }
+        const uint4 v = nibbles[i];
+        const uint32_t at = to + stage + i * kPitch;
+        StoreShared(at, {EvenCodes(v.x), EvenCodes(v.y), EvenCodes(v.z), EvenCodes(v.w)});
+        StoreShared(at ^ kChunk, {OddCodes(v.x), OddCodes(v.y), OddCodes(v.z), OddCodes(v.w)});
       }
     }
     FenceAsyncProxy();
     __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.full[slot]);
+    if (lane == 0) BarrierArrive(&fixed.unpacked[slot]);
+    if (++slot == p.stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+    const int refill = step - behind + p.stages;
+    if (step >= behind && refill < work.steps) {
+      if (warp == 0 && lane == 0) {
+        BarrierWait(&fixed.empty[refill_slot], refill_parity);
+        CopyStep(p, a_map, b_map, work, refill, refill_slot, shared);
+      }
+      if (++refill_slot == p.stages) {
+        refill_slot = 0;
+        refill_parity ^= 1;
+      }
+    }
+    __syncwarp();
   }
 }
 
 template <int kTokens>
-__device__ __forceinline__ void Multiply(const Work& work, Shared<kTokens>& shared,
+__device__ __forceinline__ void Multiply(const Params& p, const Work& work, int row_group,
+                                         int sharer, Shared<kTokens>& shared,
                                          float (&sums)[kTokens / 2]) {
-  const int warpgroup = threadIdx.x / kWarpgroup;
-  const int warp = threadIdx.x % kWarpgroup / kWarp;
+  Fixed<kTokens>& fixed = shared.fixed;
   const int lane = threadIdx.x % kWarp;
-  const int row = (kSharers<kTokens> == 1 ? warpgroup * kWgmmaRows : 0) + warp * 16 + lane / 4;
-  const int first = kSharers<kTokens> == 1 ? 0 : warpgroup;
+  // Of the four matrices that are loaded at once, two lie below each other and two side by side.
+  // Past the tile's last row it is taken again, for sums that are not stored.
+  const int row =
+      min(row_group * kWgmmaRows + threadIdx.x % kWarpgroup / kWarp * 16 + lane % 16, p.rows - 1);
+  const uint32_t place = SharedAddress(shared.ring) + kTokenBytes<kTokens> + row * kStageRowBytes +
+                         (lane / 16 ^ row % kSwizzleRows) * kChunk;
 #pragma unroll
   for (float& sum : sums) sum = 0;
-  for (int s = first; s < work.end - work.begin; s += kSharers<kTokens>) {
-    const int slot = s % kStages<kTokens>;
-    Stage<kTokens>& stage = shared.stages[slot];
-    const uint32_t place = SharedAddress(stage.rows) + row * kStageRowBytes + lane % 4 * kChunk;
-    auto load = [&](int segment, uint4(&nibbles)[2]) {
-      const uint32_t from = place + (segment ^ row % 2) * kSegmentChunks * kChunk;
-      nibbles[0] = LoadShared(from);
-      nibbles[1] = LoadShared(from + 8 * kStageRowBytes);
-    };
-    BarrierWait(&shared.full[slot], s / kStages<kTokens> & 1);
-    uint4 nibbles[2];
-    load(0, nibbles);
+  // Of two pairs of chunks, by turns: one is unpacked while the other is multiplied.
+  constexpr int kPairs = kStageChunks / 2;
+  uint32_t codes[2][2][4];
+  int slot = sharer, parity = 0, last_slot = 0;
+  for (int step = sharer; step < work.steps; step += p.sharers) {
+    BarrierWait(&fixed.b_full[slot], parity);
+    const int stage = slot * p.stage_bytes;
+    const uint32_t from = place + stage;
+    uint32_t words[4];
+    LoadMatrices(from, words);
 #pragma unroll
-    for (int segment = 0; segment < kSegments; ++segment) {
-      const uint32_t words[2][4] = {{nibbles[0].x, nibbles[0].y, nibbles[0].z, nibbles[0].w},
-                                    {nibbles[1].x, nibbles[1].y, nibbles[1].z, nibbles[1].w}};
-      uint32_t codes[kSegmentWgmmas][4];
-#pragma unroll
-      for (int w = 0; w < kSegmentWgmmas; ++w) {
-        codes[w][0] = EvenCodes(words[0][w]);
-        codes[w][1] = EvenCodes(words[1][w]);
-        codes[w][2] = OddCodes(words[0][w]);
-        codes[w][3] = OddCodes(words[1][w]);
-      }
-      const uint64_t tokens = WgmmaDescriptor(stage.tokens[segment]);
+    for (int pair = 0; pair < kPairs; ++pair) {
+      Unpack(words, codes[pair % 2]);
+      if (pair + 1 < kPairs) LoadMatrices(from ^ (pair + 1) * 2 * kChunk, words);
+      if (pair == 0) BarrierWait(&fixed.unpacked[slot], parity);
+      constexpr int kSegmentPairs = kPairs / kSegments;
+      const uint64_t tokens =
+          WgmmaDescriptor(shared.ring + stage + pair / kSegmentPairs * kTokens * kSwizzleRow) +
+          (pair % kSegmentPairs * 2 * kWgmmaK >> 4);
       WgmmaFence();
 #pragma unroll
-      for (int w = 0; w < kSegmentWgmmas; ++w) Wgmma(sums, codes[w], tokens + (w * kWgmmaK >> 4));
+      for (int i = 0; i < 2; ++i) Wgmma(sums, codes[pair % 2][i], tokens + (i * kWgmmaK >> 4));
       WgmmaCommit();
-      if (segment + 1 < kSegments) load(segment + 1, nibbles);
-      WgmmaWait<0>();
+      // The pair before this one is done with, and with the first the step before this one.
+      WgmmaWait<1>();
+      if (pair == 0 && step != sharer && lane == 0) BarrierArrive(&fixed.empty[last_slot]);
     }
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.empty[slot]);
+    last_slot = slot;
+    slot += p.sharers;
+    if (slot >= p.stages) {
+      slot -= p.stages;
+      parity ^= 1;
+    }
   }
+  WgmmaWait<0>();
 }
 
 // Puts a warpgroup's sums where the cluster can read them, along n.
@@ -397,118 +481,174 @@ __device__ __forceinline__ void StoreFour(const Params& p, int64_t index, int co
   }
 }
 
-// Adds up the blocks' sums and writes this block's share of the tile.
-template <int kTokens>
+// Adds up the blocks' sums and writes this block's share of the tile. A thread has the sums of
+// kBlocks blocks on their way before it needs the first, and of as many fours along n as it takes
+// for so many blocks to do the largest tile at once. (Not of more: indices of fours that are not
+// there take time, too, and here everything waits.)
+template <int kTokens, int kBlocks>
 __device__ __forceinline__ void Finish(const Params& p, const Work& work, Shared<kTokens>& shared) {
-  constexpr int kFours = kRows<kTokens> / 4;
-  const int tokens = min(kTokens, p.m - work.first_token);
-  const int rank = blockIdx.x % p.split;
+  const Fixed<kTokens>& fixed = shared.fixed;
+  const int fours = p.rows / 4;
+  const int count = min(kTokens, p.m - work.first_token) * fours;
+  const int stride = p.split * kThreads;
+  constexpr int kFours = (kTokens * kMaxRows / 4 + kBlocks * kThreads - 1) / (kBlocks * kThreads);
 #pragma unroll 1
-  for (int i = rank * kThreads + threadIdx.x; i < tokens * kFours; i += p.split * kThreads) {
-    const int token = i / kFours, row = i % kFours * 4;
-    float y[4] = {0, 0, 0, 0};
+  for (int i = work.rank * kThreads + threadIdx.x; i < count; i += kFours * stride) {
+    int token[kFours], row[kFours];
+    bool inside[kFours];
+    float y[kFours][4];
 #pragma unroll
-    for (int sharer = 0; sharer < kSharers<kTokens>; ++sharer) {
-      const int warpgroup = kSharers<kTokens> == 1 ? row / kWgmmaRows : sharer;
-      const uint32_t mine = SharedAddress(&shared.sums[warpgroup][token][row % kWgmmaRows]);
-      // All on their way before the first is needed.
-      float4 parts[kMaxSplit];
+    for (int f = 0; f < kFours; ++f) {
+      inside[f] = i + f * stride < count;
+      token[f] = (i + f * stride) / fours;
+      row[f] = (i + f * stride - token[f] * fours) * 4;
 #pragma unroll
-      for (int r = 0; r < kMaxSplit; ++r) {
-        parts[r] = make_float4(0, 0, 0, 0);
-        if (r < p.split) parts[r] = LoadCluster(MapToRank(mine, r));
+      for (float& sum : y[f]) sum = 0;
+    }
+#pragma unroll 1
+    for (int sharer = 0; sharer < p.sharers; ++sharer) {
+      uint32_t mine[kFours];
+#pragma unroll
+      for (int f = 0; f < kFours; ++f) {
+        const int warpgroup = sharer * p.row_groups + row[f] / kWgmmaRows;
+        mine[f] = SharedAddress(&shared.sums[warpgroup][token[f]][row[f] % kWgmmaRows]);
       }
+#pragma unroll 1
+      for (int first = 0; first < p.split; first += kBlocks) {
+        float4 parts[kBlocks][kFours];
 #pragma unroll
-      for (const float4& part : parts) {
-        y[0] += part.x;
-        y[1] += part.y;
-        y[2] += part.z;
-        y[3] += part.w;
+        for (int r = 0; r < kBlocks; ++r) {
+          // From its own on, so that not all blocks read the same one's at the same time.
+          const int rank = work.rank + first + r;
+#pragma unroll
+          for (int f = 0; f < kFours; ++f) {
+            parts[r][f] = make_float4(0, 0, 0, 0);
+            if (first + r < p.split && inside[f]) {
+              parts[r][f] = LoadCluster(MapToRank(mine[f], rank - (rank < p.split ? 0 : p.split)));
+            }
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r) {
+#pragma unroll
+          for (int f = 0; f < kFours; ++f) {
+            y[f][0] += parts[r][f].x;
+            y[f][1] += parts[r][f].y;
+            y[f][2] += parts[r][f].z;
+            y[f][3] += parts[r][f].w;
+          }
+        }
       }
     }
-    const Factors<kTokens>& factors = shared.factors;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      y[c] = __fmul_rn(y[c] * kUnscale, factors.a_scale[token]);
-      y[c] = __fmul_rn(y[c], factors.b_scale[row + c]);
-      if (p.bias != nullptr) y[c] = __fadd_rn(y[c], factors.bias[row + c]);
-    }
-    const int64_t y_row = int64_t{work.batch} * p.m + work.first_token + token;
-    const int64_t index = y_row * p.n + work.first_row + row;
-    const int columns = p.n - work.first_row - row;
-    switch (p.out_type) {
-      case DType::kBF16:
-        StoreFour<__nv_bfloat16>(p, index, columns, y);
-        break;
-      case DType::kF16:
-        StoreFour<__half>(p, index, columns, y);
-        break;
-      case DType::kF32:
-        StoreFour<float>(p, index, columns, y);
-        break;
+    for (int f = 0; f < kFours; ++f) {
+      if (!inside[f]) break;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        y[f][c] = __fmul_rn(y[f][c] * kUnscale, fixed.a_scale[token[f]]);
+        y[f][c] = __fmul_rn(y[f][c], fixed.b_scale[row[f] + c]);
+        if (p.bias != nullptr) y[f][c] = __fadd_rn(y[f][c], fixed.bias[row[f] + c]);
+      }
+      const int64_t y_row = int64_t{work.batch} * p.m + work.first_token + token[f];
+      const int64_t index = y_row * p.n + work.first_row + row[f];
+      const int columns = p.n - work.first_row - row[f];
+      switch (p.out_type) {
+        case DType::kBF16:
+          StoreFour<__nv_bfloat16>(p, index, columns, y[f]);
+          break;
+        case DType::kF16:
+          StoreFour<__half>(p, index, columns, y[f]);
+          break;
+        case DType::kF32:
+          StoreFour<float>(p, index, columns, y[f]);
+          break;
+      }
     }
   }
 }
 
-// Fetched while the first stages are on their way, so that the end need not wait for them.
+// What the end multiplies and adds, a row of b and of a each thread: on their way from the start,
+// so that the end need not wait for them.
 template <int kTokens>
-__device__ __forceinline__ void LoadFactors(const Params& p, const Work& work,
-                                            Factors<kTokens>& factors) {
-  static_assert(kRows<kTokens> <= kConsumerThreads && kTokens <= kConsumerThreads);
-  const int i = threadIdx.x;
-  if (i < kRows<kTokens>) {
-    const int64_t row = int64_t{work.batch} * p.n + min(work.first_row + i, p.n - 1);
-    factors.b_scale[i] = p.b_scale[p.b_scale_rows ? row : work.batch];
-    if (p.bias != nullptr) factors.bias[i] = p.bias[row];
+struct Factors {
+  static_assert(kMaxRows <= kConsumerThreads && kTokens <= kConsumerThreads);
+  float a_scale = 0, b_scale = 0, bias = 0;
+
+  __device__ __forceinline__ Factors(const Params& p, const Work& work) {
+    const int i = threadIdx.x;
+    if (i < p.rows) {
+      const int64_t row = int64_t{work.batch} * p.n + min(work.first_row + i, p.n - 1);
+      b_scale = p.b_scale[p.b_scale_rows ? row : work.batch];
+      if (p.bias != nullptr) bias = p.bias[row];
+    }
+    if (i < kTokens) {
+      const int64_t token = int64_t{work.batch} * p.m + min(work.first_token + i, p.m - 1);
+      a_scale = p.a_scale[p.a_scale_rows ? token : work.batch];
+    }
   }
-  if (i < kTokens) {
-    const int64_t token = int64_t{work.batch} * p.m + min(work.first_token + i, p.m - 1);
-    factors.a_scale[i] = p.a_scale[p.a_scale_rows ? token : work.batch];
+
+  __device__ __forceinline__ void Share(const Params& p, Fixed<kTokens>& fixed) const {
+    const int i = threadIdx.x;
+    if (i < p.rows) {
+      fixed.b_scale[i] = b_scale;
+      fixed.bias[i] = bias;
+    }
+    if (i < kTokens) fixed.a_scale[i] = a_scale;
   }
-}
+};
 
 template <int kTokens>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) PackedGemmKernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    PackedGemmKernel(const __grid_constant__ CUtensorMap a_map,
+                     const __grid_constant__ CUtensorMap b_map, const __grid_constant__ Params p) {
   extern __shared__ uint8_t raw[];
   // As an offset, so that the compiler still sees that this is shared memory.
   auto& shared = *reinterpret_cast<Shared<kTokens>*>(raw + (-SharedAddress(raw) % kAlignment));
   const Work work = BlockWork<kTokens>(p);
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages<kTokens>; ++s) {
-      BarrierInit(&shared.full[s], kWarp + 1);  // the lanes that copy b, and the warp with a
-      BarrierInit(&shared.empty[s], kConsumerThreads / kWarp / kSharers<kTokens>);
-    }
-    FenceBarrierInit();
-  }
-  __syncthreads();
-
-  if (threadIdx.x >= kConsumerThreads) {
-    const int warp = (threadIdx.x - kConsumerThreads) / kWarp;
-    if (warp == kTokenWarps) {
-      CopyRows(p, work, shared);
-    } else {
-      UnpackTokens(p, work, warp, shared);
-    }
+  // From the first lane, so that the compiler sees that it is the same in all.
+  const int warp = __shfl_sync(~0u, threadIdx.x / kWarp, 0);
+  if (warp >= kConsumerWarps) {
+    if (threadIdx.x == kConsumerThreads) StartCopies(p, a_map, b_map, work, shared);
+    if (threadIdx.x == kConsumerThreads + kWarp) InitOtherBarriers(p, shared);
     __syncwarp();
+    SetUp();
+    UnpackTokens(p, a_map, b_map, work, warp - kConsumerWarps, shared);
   } else {
-    LoadFactors(p, work, shared.factors);
+    const Factors<kTokens> factors(p, work);
+    SetUp();
+    const int warpgroup = warp / (kWarpgroup / kWarp);
+    static_assert(kMaxSharers == 2);
+    const int sharer = (warpgroup >= p.row_groups) + (warpgroup >= 2 * p.row_groups);
     float sums[kTokens / 2];
-    Multiply(work, shared, sums);
-    // The sums overwrite stages: both warpgroups must have used theirs up.
+    if (sharer < p.sharers) {
+      Multiply(p, work, warpgroup - sharer * p.row_groups, sharer, shared, sums);
+    }
+    // The sums overwrite stages: all warpgroups must have used theirs up.
     NamedBarrier(1, kConsumerThreads);
-    ShareSums(sums, shared);
+    if (sharer < p.sharers) ShareSums(sums, shared);
+    factors.Share(p, shared.fixed);
   }
   ClusterSync();
-  Finish(p, work, shared);
+  if (p.split <= 2) {
+    Finish<kTokens, 2>(p, work, shared);
+  } else {
+    Finish<kTokens, 4>(p, work, shared);
+  }
   // No block leaves while another may still read its sums.
   if (p.split > 1) {
     __syncwarp();
-    ClusterSync();
+    ClusterMeet();
   }
 }
 
 template <int kTokens>
 constexpr int kSharedBytes = sizeof(Shared<kTokens>) + kAlignment;
+
+template <int kTokens>
+cudaError_t AllowShared() {
+  return cudaFuncSetAttribute(PackedGemmKernel<kTokens>,
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<kTokens>);
+}
 
 cudaLaunchAttribute ClusterOf(int blocks) {
   cudaLaunchAttribute attribute{};
@@ -518,11 +658,12 @@ cudaLaunchAttribute ClusterOf(int blocks) {
   return attribute;
 }
 
-// Into how many blocks to split k: as many as still run all at once.
+// How many clusters of so many blocks run at once.
 template <int kTokens>
-int Split(int64_t tiles, int stages) {
-  static const std::array<int, kMaxSplit + 1> clusters_at_once = [] {
+const std::array<int, kMaxSplit + 1>& ClustersAtOnce() {
+  static const std::array<int, kMaxSplit + 1> clusters = [] {
     std::array<int, kMaxSplit + 1> counts{};
+    if (AllowShared<kTokens>() != cudaSuccess) return counts;
     for (int split = 1; split <= kMaxSplit; ++split) {
       cudaLaunchAttribute cluster = ClusterOf(split);
       cudaLaunchConfig_t config{};
@@ -538,34 +679,95 @@ int Split(int64_t tiles, int stages) {
     }
     return counts;
   }();
-  for (int split = std::min(kMaxSplit, stages); split > 1; --split) {
-    if (clusters_at_once[split] >= tiles) return split;
+  return clusters;
+}
+
+// How y is divided: rows of b a tile, and blocks that share a tile's k.
+struct Plan {
+  int rows, split;
+};
+
+int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Microseconds that a multiprocessor takes for a block, fitted to products of every split of 1, 16
+// and 64 tokens on a GPU that reads 3.0 TB/s. With 1.4 times that, bytes of b cost less, and the
+// choices for those products are the same.
+template <int kTokens>
+double BlockCost(int64_t steps, int64_t rows, int split) {
+  constexpr double kBlock = 4.4;         // launch, the first bytes' way, the last step, the end
+  constexpr double kByteOfB = 26e-6;     // of nibbles, from memory
+  constexpr double kByteOfA = 28.4e-6;   // of nibbles, from L2, and to be unpacked
+  constexpr double kGroup = 96e-3;       // a step of a wgmma's rows, however few of them count
+  constexpr double kExchange = 33.7e-6;  // a byte of sums that other blocks have or want
+  const double step =
+      kStageRowBytes * (kByteOfB * rows + kByteOfA * kTokens) + kGroup * DivideUp(rows, kWgmmaRows);
+  return kBlock + steps * step + kExchange * sizeof(float) * rows * kTokens * (split - 1) / split;
+}
+
+// The plan that is done first.
+template <int kTokens>
+Plan Choose(const PackedGemm& g) {
+  const int64_t bands = g.batch * DivideUp(g.m, kTokens);
+  const int64_t stages = DivideUp(g.k, kStageK);
+  Plan best{kMaxRows, 1};
+  double least = 1e300;
+  for (int split = 1; split <= std::min<int64_t>(kMaxSplit, stages); ++split) {
+    const int clusters = ClustersAtOnce<kTokens>()[split];
+    if (clusters == 0) continue;
+    const int64_t waves = DivideUp(bands * DivideUp(g.n, kMaxRows), clusters);
+    const int64_t n_tiles = std::max<int64_t>(1, clusters * waves / bands);
+    const int64_t rows = DivideUp(DivideUp(g.n, n_tiles), kSwizzleRows) * kSwizzleRows;
+    if (rows > kMaxRows) continue;
+    const double cost = waves * BlockCost<kTokens>(DivideUp(stages, split), rows, split);
+    if (cost < least) {
+      least = cost;
+      best = {static_cast<int>(rows), split};
+    }
   }
-  return 1;
+  return best;
 }
 
 template <int kTokens>
-cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
-  static_assert(kSharedBytes<kTokens> <= kSharedLimit && kStages<kTokens> >= 3);
-  static_assert(sizeof(Stage<kTokens>) % kAlignment == 0);
-  static_assert(sizeof(Shared<kTokens>::sums) <= sizeof(Shared<kTokens>::stages));
-  auto kernel = PackedGemmKernel<kTokens>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            kSharedBytes<kTokens>);
+cudaError_t Launch(const PackedGemm& g, const Plan& plan, cudaStream_t stream) {
+  static_assert(kSharedBytes<kTokens> <= kSharedLimit);
+  static_assert(kRingBytes<kTokens> / (kTokenBytes<kTokens> + kMaxRows * kStageRowBytes) >=
+                kMinStages);
+  static_assert(kRingBytes<kTokens> /
+                    (kTokenBytes<kTokens> + kMaxRows / kMaxSharers * kStageRowBytes) >=
+                2 * kMaxSharers);
+  static_assert(sizeof(Shared<kTokens>::sums) <= kRingBytes<kTokens>);
+  static_assert(kTokens % kSwizzleRows == 0);
+  cudaError_t status = AllowShared<kTokens>();
   if (status != cudaSuccess) return status;
-  const int64_t m_tiles = (g.m + kTokens - 1) / kTokens;
-  const int64_t n_tiles = (g.n + kRows<kTokens> - 1) / kRows<kTokens>;
-  const int64_t tiles = g.batch * m_tiles * n_tiles;
-  const int split = Split<kTokens>(tiles, (g.k + kStageK - 1) / kStageK);
+  CUtensorMap a_map{}, b_map{};
+  if (g.k != 0) {
+    status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m, g.k / 2,
+                           kTokens, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B);
+    if (status != cudaSuccess) return status;
+    status = MakeTensorMap(&b_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.b, g.batch, g.n, g.k / 2,
+                           plan.rows, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B);
+    if (status != cudaSuccess) return status;
+  }
+  const int64_t m_tiles = DivideUp(g.m, kTokens), n_tiles = DivideUp(g.n, plan.rows);
+  const int row_groups = static_cast<int>(DivideUp(plan.rows, kWgmmaRows));
+  const int sharers = std::min(kMaxSharers, kConsumers / row_groups);
+  const int stage_bytes = kTokenBytes<kTokens> + plan.rows * kStageRowBytes;
+  const int fitting = kRingBytes<kTokens> / stage_bytes;
   const int width = g.out_type == DType::kF32 ? 4 : 2;
-  const Params p{static_cast<int>(g.m),
+  const int64_t stages = DivideUp(g.k, kStageK);
+  const Params p{static_cast<int>(g.batch),
+                 static_cast<int>(g.m),
                  static_cast<int>(g.n),
-                 static_cast<int>(g.k),
                  static_cast<int>(m_tiles),
                  static_cast<int>(n_tiles),
-                 split,
-                 g.a,
-                 g.b,
+                 plan.rows,
+                 row_groups,
+                 sharers,
+                 std::min(kMaxStages, fitting / sharers * sharers),
+                 stage_bytes,
+                 plan.split,
+                 static_cast<int>(stages / plan.split),
+                 static_cast<int>(stages % plan.split),
                  g.a_scale,
                  g.b_scale,
                  g.a_scale_size != 1,
@@ -574,15 +776,15 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
                  g.y,
                  g.out_type,
                  g.n % 4 == 0 && reinterpret_cast<uintptr_t>(g.y) % (4 * width) == 0};
-  cudaLaunchAttribute cluster = ClusterOf(split);
+  cudaLaunchAttribute cluster = ClusterOf(plan.split);
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(tiles * split);
+  config.gridDim = static_cast<unsigned>(g.batch * m_tiles * n_tiles * plan.split);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kSharedBytes<kTokens>;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  return cudaLaunchKernelEx(&config, PackedGemmKernel<kTokens>, a_map, b_map, p);
 }
 
 }  // namespace
@@ -590,10 +792,10 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
 cudaError_t LaunchPackedGemm(const PackedGemm& g, cudaStream_t stream) {
   if (g.batch == 0 || g.m == 0 || g.n == 0) return cudaSuccess;
   if (g.k % kChunkK != 0) return cudaErrorInvalidValue;
-  if (g.m <= 8) return Launch<8>(g, stream);
-  if (g.m <= 16) return Launch<16>(g, stream);
-  if (g.m <= 32) return Launch<32>(g, stream);
-  return Launch<64>(g, stream);
+  if (g.m <= 8) return Launch<8>(g, Choose<8>(g), stream);
+  if (g.m <= 16) return Launch<16>(g, Choose<16>(g), stream);
+  if (g.m <= 32) return Launch<32>(g, Choose<32>(g), stream);
+  return Launch<64>(g, Choose<64>(g), stream);
 }
 
 }  // namespace jfp4
