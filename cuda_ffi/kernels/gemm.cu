@@ -59,7 +59,9 @@ struct Stage {
 
 // As many stages, and boxes of a warpgroup's store in flight, as fit.
 template <int kBlockN>
-constexpr int kStages = kBlockN == kNarrow ? 6 : kBlockN == kJoint ? 4 : 5;
+constexpr int kStages = kBlockN == kNarrow  ? 6
+                        : kBlockN == kJoint ? 4
+                                            : 5;
 template <int kBlockN>
 constexpr int kStoreBuffers = kBlockN == kNarrow || kBlockN == kJoint ? 2 : 1;
 
@@ -233,8 +235,8 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
 template <DType kType>
 using Pair = std::conditional_t<kType == DType::kF32, float2, uint32_t>;
 
-// The pair at `at`; where rows are of odd length an element at a time. Past the end of its row, which
-// `last` is, it is not used.
+// The pair at `at`; where rows are of odd length an element at a time. Past the end of its row,
+// which `last` is, it is not used.
 template <DType kType, bool kAligned>
 __device__ __forceinline__ Pair<kType> LoadPair(const void* w, int64_t at, bool last) {
   if constexpr (kAligned) {
@@ -572,8 +574,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       Finish<kBlockN>(p, tile.batch, row, col, sums);
       if constexpr (kSlope) {  // its registers would be every other product's too
         auto multiply = [&](auto type, auto aligned) {
-          MultiplyBySlope<decltype(type)::value, decltype(aligned)::value, kBlockN>(
-              p, tile.batch, row, col, sums);
+          MultiplyBySlope<decltype(type)::value, decltype(aligned)::value, kBlockN>(p, tile.batch,
+                                                                                    row, col, sums);
         };
         auto of_type = [&](auto type) {
           if (p.slope_aligned) {
@@ -589,9 +591,9 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         auto store = [&](auto bytes) {
-          Store<decltype(bytes)::value, kBlockN>(
-              p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
-              tile.row + block_row + half * kWgmmaM, sums[half]);
+          Store<decltype(bytes)::value, kBlockN>(p, y_map, shared.store[warpgroup], 1 + warpgroup,
+                                                 tile, tile.row + block_row + half * kWgmmaM,
+                                                 sums[half]);
         };
         if (p.out_type == DType::kF32) {
           store(std::integral_constant<int, 4>());
@@ -622,25 +624,24 @@ template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
 cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
   const int tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
   const bool deals = tiles <= kFewTurns * clusters;
-  const Params p{
-      static_cast<int>(g.batch),
-      static_cast<int>(g.m),
-      static_cast<int>(g.n),
-      static_cast<int>(g.k),
-      g.a_scale,
-      g.b_scale,
-      g.a_scale_size,
-      g.b_scale_size,
-      g.u,
-      g.v,
-      static_cast<int>(g.rank),
-      g.bias,
-      g.slope,
-      g.n % 2 == 0 && reinterpret_cast<uintptr_t>(g.slope.w) % sizeof(float2) == 0,
-      g.y,
-      g.out_type,
-      deals ? nullptr : g.counter,
-      HasBulkRows(g)};
+  const Params p{static_cast<int>(g.batch),
+                 static_cast<int>(g.m),
+                 static_cast<int>(g.n),
+                 static_cast<int>(g.k),
+                 g.a_scale,
+                 g.b_scale,
+                 g.a_scale_size,
+                 g.b_scale_size,
+                 g.u,
+                 g.v,
+                 static_cast<int>(g.rank),
+                 g.bias,
+                 g.slope,
+                 g.n % 2 == 0 && reinterpret_cast<uintptr_t>(g.slope.w) % sizeof(float2) == 0,
+                 g.y,
+                 g.out_type,
+                 deals ? nullptr : g.counter,
+                 HasBulkRows(g)};
   CUtensorMap a_map, b_map, y_map{};
   cudaError_t status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m,
                                      g.k, kBlockM, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B);
@@ -672,9 +673,9 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
 
 bool HasSlope(const Gemm& g) { return g.slope.w != nullptr; }
 
-// About how long a product takes with tiles of this width: columns that a cluster computes one after
-// the other, in units of a column of a wide tile. The factors were measured on products that fill
-// the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k.
+// About how long a product takes with tiles of this width: columns that a cluster computes one
+// after the other, in units of a column of a wide tile. The factors were measured on products that
+// fill the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k.
 template <int kBlockN>
 float Cost(const Gemm& g, int clusters) {
   const int64_t tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;

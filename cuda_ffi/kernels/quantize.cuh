@@ -108,16 +108,23 @@ __device__ __forceinline__ void Encode(const float (&x)[kElements],
   }
 }
 
-// Codes to an address aligned to their size.
-template <int kWords>
+// Codes to an address aligned to their size. `kStreams` has them leave L2 before others.
+template <bool kStreams = false, int kWords>
 __device__ __forceinline__ void StoreBytes(void* to, const uint32_t (&words)[kWords]) {
   static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+  const auto store = [](auto* place, auto value) {
+    if constexpr (kStreams) {
+      __stcs(place, value);
+    } else {
+      *place = value;
+    }
+  };
   if constexpr (kWords == 4) {
-    *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    store(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
   } else if constexpr (kWords == 2) {
-    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    store(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
   } else {
-    *static_cast<uint32_t*>(to) = words[0];
+    store(static_cast<uint32_t*>(to), words[0]);
   }
 }
 
@@ -168,6 +175,7 @@ __device__ __forceinline__ int TileWord(int row, int word) {
 
 // Writes the columns that this thread has of a tile of `rows` x `cols` codes, a multiple of
 // kGroupRows by one of four. Column c of the tile starts at codes_t + c * pitch.
+template <bool kStreams = false>
 __device__ __forceinline__ void StoreTransposed(const uint32_t* tile, int rows, int cols,
                                                 int64_t pitch, uint8_t* codes_t) {
   for (int item = threadIdx.x; item < kGroups * (cols / 4); item += kTileThreads) {
@@ -183,7 +191,9 @@ __device__ __forceinline__ void StoreTransposed(const uint32_t* tile, int rows, 
       TransposeWords(words, columns, i);
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) StoreBytes(codes_t + (4 * word + j) * pitch + row, columns[j]);
+    for (int j = 0; j < 4; ++j) {
+      StoreBytes<kStreams>(codes_t + (4 * word + j) * pitch + row, columns[j]);
+    }
   }
 }
 

@@ -30,9 +30,10 @@ constexpr int kMaxPieces = 27;  // of a block, which then has a multiprocessor's
 // of this strip and of the last by turns; reciprocals of scales are NaN where those are.
 template <DType kType>
 struct Shared {
-  uint32_t block_amax[kPieceCols<kType>];
+  uint32_t block_amax[2][kPieceCols<kType>];
   uint32_t cluster_amax[2][kPieceCols<kType>];
   float inverses[kPieceCols<kType>];
+  uint64_t agreed[2];  // barriers
 };
 
 // With one barrier a piece.
@@ -43,12 +44,15 @@ constexpr int SharedBytes(int pieces) {
 
 static_assert(SharedBytes<DType::kBF16>(kMaxPieces) <= 227 << 10);
 
-// Raises a number in the shared memory of another block of the cluster.
-__device__ __forceinline__ void RaiseRemote(uint32_t* number, uint32_t rank, uint32_t to) {
-  asm volatile("red.relaxed.cluster.shared::cluster.max.u32 [%0], %1;" ::"r"(
-                   MapToRank(SharedAddress(number), rank)),
-               "r"(to)
-               : "memory");
+// Raises a number in the shared memory of another block of the cluster and counts its bytes on the
+// barrier there.
+__device__ __forceinline__ void RaiseRemote(uint32_t* number, uint64_t* barrier, uint32_t rank,
+                                            uint32_t to) {
+  asm volatile(
+      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.max.u32 "
+      "[%0], %1, [%2];" ::"r"(MapToRank(SharedAddress(number), rank)),
+      "r"(to), "r"(MapToRank(SharedAddress(barrier), rank))
+      : "memory");
 }
 
 // Lanes that have the same columns share these: each gets the maxima over such lanes, kStride
@@ -119,19 +123,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
   if (lane == 0) {
 #pragma unroll 1
     for (int i = 0; i < slots; ++i) BarrierInit(&loaded[i], 1);
+    if (warp == 0) {
+      BarrierInit(&shared.agreed[0], 1);
+      BarrierInit(&shared.agreed[1], 1);
+    }
     FenceBarrierInit();
   }
 #pragma unroll 1
   for (int i = 0; i < slots; ++i) load(i);
   for (int i = threadIdx.x; i < kCols; i += blockDim.x) {
-    shared.block_amax[i] = shared.cluster_amax[0][i] = shared.cluster_amax[1][i] = 0;
+    shared.block_amax[0][i] = shared.cluster_amax[0][i] = 0;
+    shared.block_amax[1][i] = shared.cluster_amax[1][i] = 0;
   }
   __syncwarp();
   ClusterSync();
 
   int oldest = 0;  // slot
-  uint32_t turn = 0;
-  for (uint32_t strip = blockIdx.x / kCluster; strip < strips; strip += step, turn ^= 1) {
+  uint32_t turns = 0;
+  for (uint32_t strip = blockIdx.x / kCluster; strip < strips; strip += step, ++turns) {
+    const uint32_t turn = turns & 1;
     const int64_t batch = strip / across, first_col = int64_t{strip % across} * kCols;
     Limits limits = {};
     if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, batch);
@@ -150,6 +160,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
         extremes[3].Include(v.w);
       }
       if (i + slots < count) {
+        // A copy waits for no load: what was read must be here before it is written over.
+#pragma unroll
+        for (const Extremes<kType>& e : extremes) asm volatile("" ::"r"(e.high), "r"(e.low));
         __syncwarp();
         load(slot);
         oldest = after(slot);
@@ -165,17 +178,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     constexpr int kEach = kElements / kRowGroups;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      atomicMax(&shared.block_amax[vector * kElements + group * kEach + i], amax[i]);
+      atomicMax(&shared.block_amax[turn][vector * kElements + group * kEach + i], amax[i]);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kCluster * kCols; i += blockDim.x) {
-      RaiseRemote(&shared.cluster_amax[turn][i % kCols], i / kCols, shared.block_amax[i % kCols]);
+    if (threadIdx.x == 0) {
+      BarrierExpect(&shared.agreed[turn], sizeof(uint32_t) * kCluster * kCols);
     }
-    __syncwarp();
-    ClusterSync();
+    for (int i = threadIdx.x; i < kCluster * kCols; i += blockDim.x) {
+      RaiseRemote(&shared.cluster_amax[turn][i % kCols], &shared.agreed[turn], i / kCols,
+                  shared.block_amax[turn][i % kCols]);
+    }
     for (int i = threadIdx.x; i < kCols; i += blockDim.x) {
+      BarrierWait(&shared.agreed[turn], turns >> 1 & 1);
       uint32_t all = shared.cluster_amax[turn][i];
-      shared.block_amax[i] = shared.cluster_amax[turn][i] = 0;
+      shared.block_amax[turn ^ 1][i] = shared.cluster_amax[turn][i] = 0;
       if (first_col + i >= cols) continue;
       const int64_t slice = batch * cols + first_col + i;
       if (args.amax_floor != nullptr) all = max(all, __float_as_uint(args.amax_floor[slice]));

@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kInFlight = 4;  // loads of a thread
 
+// The end of the gradient that is to stay in L2 between the passes.
+constexpr int kKeptBytes = 24 << 20;
+
 // Where the largest magnitudes of the rows and of the columns of a matrix are found.
 struct GradientAmax {
   uint32_t* rows;
@@ -51,6 +54,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const int64_t col = at.first_col + lane * kElements;
   const bool inside = col < args.in.cols;
   const GradientAmax amax(args, at.batch);
+  const bool keep = gridDim.x - blockIdx.x <= kKeptBytes / (kAmaxRows * kWarp * kVectorBytes);
 
   float col_factor[kElements] = {}, largest[kElements] = {};
   if (inside) LoadFactors(args.col_factor + at.batch * args.in.cols + col, col_factor);
@@ -61,7 +65,8 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int64_t r = at.first_row + row + i * kWarps;
-      held[i] = inside && r < args.in.rows ? __ldg(x + r * args.in.cols / kElements) : uint4{};
+      const uint4* from = x + r * args.in.cols / kElements;
+      held[i] = !inside || r >= args.in.rows ? uint4{} : keep ? __ldg(from) : __ldcs(from);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -161,7 +166,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 #pragma unroll
       for (int j = 0; j < kElements; ++j) product[j] = __fmul_rn(v[j], col_factor[j]);
       Encode<kFormat, Clip::kNone>(product, by_row, Limits{}, words);
-      StoreBytes(args.codes + origin + row * args.in.cols, words);
+      StoreBytes</*kStreams=*/true>(args.codes + origin + row * args.in.cols, words);
 #pragma unroll
       for (int j = 0; j < kElements; ++j) product[j] = __fmul_rn(v[j], row_factors[row]);
       Encode<kFormat, Clip::kNone>(product, by_col, Limits{}, words);
@@ -169,7 +174,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     }
   }
   __syncthreads();
-  StoreTransposed(
+  StoreTransposed</*kStreams=*/true>(
       tile, at.rows, at.cols, args.in.rows,
       args.codes_t + (at.batch * args.in.cols + at.first_col) * args.in.rows + at.first_row);
 }
