@@ -444,9 +444,10 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   auto next_tile = [&](int turn) {
     const int slot = turn % kConsumers;
     BarrierWait(&shared.next_full[slot], turn / kConsumers & 1);
-    // Shuffled, so that the read is done when the place is given up: an arrival waits for no load.
-    const int index = __shfl_sync(~0u, LoadShared(&shared.next[slot]), 0);
-    if (lane == 0) BarrierArriveRemote(&shared.next_empty[slot], 0);
+    const int index = LoadShared(&shared.next[slot]);
+    // The place is given up when it has been read. An arrival does not wait for a load before it,
+    // so it is made to depend on this one: an index is never negative.
+    if (lane == 0 && index >= 0) BarrierArriveRemote(&shared.next_empty[slot], 0);
     return index;
   };
 
