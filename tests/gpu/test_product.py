@@ -1,5 +1,6 @@
 """Products of codes: exact where the tensor cores are, within what they keep where they are not."""
 
+import functools
 import itertools
 
 import jax
@@ -91,6 +92,75 @@ def test_every_pair_of_four_bit_formats(backend, formats):
     # E3M0 spans seven binades, so two of its products can be further apart than the 13 bits kept.
     tolerance = rounding(a, b, promote=False) if "e3m0" in formats else 0
     assert np.all(np.abs(y - exact_sums(a, b)) <= tolerance)
+
+
+# ------------------------------------------------------------------------------ many tiles
+
+LARGE = {
+    "narrow": (2304, 512, 1024),
+    "medium": (2048, 512, 5120),
+    "wide": (2048, 512, 13824),
+    "joint": (2048, 11008, 4096),
+    "wide, several in turn": (8192, 256, 11008),
+    "edges": (2100, 272, 5272),
+}
+"""Sizes of which a GPU of 132 multiprocessors takes tiles of each width, and several by a block."""
+
+
+def codes_on_device(seed, shape, axis):
+    """E2M1 codes of a Gaussian tensor that is never on the host, and scales of all sizes."""
+    keys = jax.random.split(jax.random.key(seed))
+    q = jfp4.quantize(jax.random.normal(keys[0], shape), axis)
+    scale = jnp.exp(jax.random.normal(keys[1], q.scale.shape))
+    return QTensor(q.codes, scale, None, "e2m1", axis)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("size", LARGE)
+def test_every_width_of_tile_is_exact(size, dtype):
+    """Again and again, over poison: what a race leaves out shows."""
+    m, k, n = LARGE[size]
+    a, b = codes_on_device(m, (m, k), 1), codes_on_device(n, (k, n), 0)
+
+    @jax.jit
+    def expected(a, b):
+        wide = (q.codes.astype(jnp.float32) for q in (a, b))
+        sums = jnp.matmul(*wide, precision="highest")  # exact in float32: below 2**22 quarters
+        return (sums * a.scale * b.scale).astype(dtype)
+
+    @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+    def product(poison, a, b):
+        with ffi.backend("cuda"):
+            return jfp4.gemm(a, b, out_dtype=dtype)
+
+    exact = expected(a, b)
+    for _ in range(20):
+        y = product(jnp.full((m, n), jnp.nan, dtype), a, b)
+        assert int(jnp.sum(y != exact)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("size", ["narrow", "wide", "edges"])
+def test_every_width_of_tile_with_a_slope(size, dtype):
+    """To within what the slope may be off by; XLA's is the reference."""
+    m, k, n = LARGE[size]
+    a, b = codes_on_device(m, (m, k), 1), codes_on_device(n, (k, n), 0)
+    w = jax.random.normal(jax.random.key(3), (m, n), dtype)
+    scale = jax.random.uniform(jax.random.key(4), (1, n), jnp.float32, 0.05, 0.5)
+
+    def product(a, b, w, scale):
+        slope = gemm.Slope(w, scale, "e2m1", 5.0, 3.0)
+        return jfp4.gemm(a, b, slope=slope, out_dtype=jnp.float32)
+
+    results = []
+    for path in ("cuda", "xla"):
+        with ffi.backend(path):
+            results.append(jax.jit(product)(a, b, w, scale))
+    by_kernel, by_xla = results
+    # Both are within 2**-20 of the slope; sums are exact on both sides, or nearly so by XLA.
+    assert float(jnp.max(jnp.abs(by_kernel - by_xla) / jnp.abs(by_xla))) <= 2.0**-19 + 8 * U
 
 
 # --------------------------------------------------------------------------- eight-bit codes
