@@ -472,7 +472,7 @@ __device__ __forceinline__ void StoreFour(const Params& p, int64_t index, int co
   for (int c = 0; c < 4; ++c) Round(v[c], &four.v[c]);
   T* y = static_cast<T*>(p.y) + index;
   if (p.vector_store) {
-    if (columns > 0) *reinterpret_cast<Four*>(y) = four;
+    *reinterpret_cast<Four*>(y) = four;
   } else {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -499,9 +499,10 @@ __device__ __forceinline__ void Finish(const Params& p, const Work& work, Shared
     float y[kFours][4];
 #pragma unroll
     for (int f = 0; f < kFours; ++f) {
-      inside[f] = i + f * stride < count;
       token[f] = (i + f * stride) / fours;
       row[f] = (i + f * stride - token[f] * fours) * 4;
+      // What is not stored is not read: a read that nothing waits for could outlast its block.
+      inside[f] = i + f * stride < count && work.first_row + row[f] < p.n;
 #pragma unroll
       for (float& sum : y[f]) sum = 0;
     }
@@ -542,7 +543,7 @@ __device__ __forceinline__ void Finish(const Params& p, const Work& work, Shared
     }
 #pragma unroll
     for (int f = 0; f < kFours; ++f) {
-      if (!inside[f]) break;
+      if (!inside[f]) continue;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         y[f][c] = __fmul_rn(y[f][c] * kUnscale, fixed.a_scale[token[f]]);
