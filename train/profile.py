@@ -34,7 +34,13 @@ class Profile:
         self._done += 1
         if self.steps and self._done == WARM_UP:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            options = jax.profiler.ProfileOptions()
+            # A trace for Perfetto has room for a million events. Calls of Python's functions, of
+            # which tracing an evaluation makes as many, would leave none to the steps.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(
+                self.folder, create_perfetto_trace=True, profiler_options=options
+            )
             self._tracing = True
         return self.end(state) if self._done == WARM_UP + self.steps else 0
 
