@@ -4,9 +4,11 @@
 a copy of as many bytes by turns in one process, and writes results/quantize-DEVICE.json.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -133,29 +135,61 @@ def run(log: Log, quick: bool) -> dict[str, Any]:
     large = measure(copies, **options)
     speed = max(2e-9 * LARGE / t["ms"] for t in large.values())
     log.say(f"copy: {speed:.2f} TB/s")
-    line = functools.partial(measured, log, options, speed)
-    lines = [line(name, case, s) for name, case in ACTIVATIONS.items() for s in sizes]
-    lines += [line(name, case, s) for name, case in CHANNELS.items() for s in weights]
+    asked = [(name, case, s) for name, case in ACTIVATIONS.items() for s in sizes]
+    asked += [(name, case, s) for name, case in CHANNELS.items() for s in weights]
+    asked += [("thresholds", THRESHOLDS, s) for s in sizes]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = [compiled(pool, case, size) for _, case, size in asked]
+    log.say(f"{2 * len(asked)} functions compiled")
+    lines = [
+        measured(log, options, speed, *line, *functions)
+        for line, functions in zip(asked, compiling, strict=True)
+    ]
+    of_samples = len(sizes)
     return {
         "copy TB/s": speed,
         "copies": large,
-        "quantise": lines,
-        "thresholds": [line("thresholds", THRESHOLDS, s) for s in sizes],
+        "quantise": lines[:-of_samples],
+        "thresholds": lines[-of_samples:],
     }
 
 
+Compiled = concurrent.futures.Future[jax.stages.Compiled]
+
+
+def compiled(
+    pool: concurrent.futures.Executor, case: Case, size: tuple[int, int]
+) -> tuple[Compiled, Compiled]:
+    """The case by kernels and by XLA, being compiled."""
+    operands = functools.partial(_operands, size=size, dtype=case.dtype, factors=case.factors)
+    shapes = jax.eval_shape(operands, jax.random.key(0))
+
+    def by(backend: Backend, f: Callable[..., Any]) -> jax.stages.Compiled:
+        with jfp4.backend(backend):
+            return jax.jit(f).lower(*shapes).compile()
+
+    return pool.submit(by, "cuda", case.kernels), pool.submit(by, "xla", case.xla)
+
+
 def measured(
-    log: Log, options: dict[str, int], speed: float, name: str, case: Case, size: tuple[int, int]
+    log: Log,
+    options: dict[str, int],
+    speed: float,
+    name: str,
+    case: Case,
+    size: tuple[int, int],
+    by_kernels: Compiled,
+    by_xla: Compiled,
 ) -> dict[str, Any]:
     """One case at one size."""
     nbytes = size[0] * size[1] * jnp.dtype(case.dtype).itemsize
     keys = jax.random.split(jax.random.key(sum(size)), sets_of(nbytes))
     sets = [_operands(key, size, case.dtype, case.factors) for key in keys]
-    shapes = jax.eval_shape(case.xla, *sets[0])
+    shapes = by_xla.result().out_info
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((sets[0], shapes)))
     contenders = {
-        "kernels": Contender(lambda: side(case.kernels, sets, "cuda"), same_as_xla),
-        "XLA": Contender(lambda: side(case.xla, sets, "xla"), baseline),
+        "kernels": Contender(lambda: rotating(by_kernels.result(), sets), same_as_xla),
+        "XLA": Contender(lambda: rotating(by_xla.result(), sets), baseline),
     }
     if case is not THRESHOLDS:
         contenders["copy"] = Contender(lambda: copy_side(moved // 2), baseline)
@@ -182,12 +216,6 @@ def _operands(key: Array, size: tuple[int, int], dtype: str, factors: bool) -> t
         return (x,)
     row = jax.random.uniform(keys[1], (size[0], 1), jnp.float32, 0.1, 1)
     return x, row, jax.random.uniform(keys[2], (1, size[1]), jnp.float32, 0.1, 1)
-
-
-def side(f: Callable[..., Any], sets: list[tuple[Array, ...]], backend: Backend) -> Side:
-    """A function compiled for a back end."""
-    with jfp4.backend(backend):
-        return rotating(jax.jit(f).lower(*sets[0]).compile(), sets)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ struct GemmCall {
         .template Arg<Buffer>()  // slope_w: [..., m, n], or absent
         .template Arg<Buffer>()  // slope_scale: f32 [..., 1, n or 1]
         .template Ret<Buffer>()  // y: [..., m, n]
+        .template Ret<Buffer>()  // counter: u32 [..., 1], scratch
         .template Attr<bool>("promote")
         .template Attr<float>("slope_k")
         .template Attr<float>("slope_cap");
@@ -30,13 +31,14 @@ struct GemmCall {
 
   static ffi::ErrorOr<Gemm> Read(Buffer a, Buffer a_scale, Buffer b, Buffer b_scale, Buffer u,
                                  Buffer v, Buffer bias, Buffer slope_w, Buffer slope_scale,
-                                 Output y, bool promote, float slope_k, float slope_cap);
+                                 Output y, Output counter, bool promote, float slope_k,
+                                 float slope_cap);
 };
 
 inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buffer b_scale,
                                          Buffer u, Buffer v, Buffer bias, Buffer slope_w,
-                                         Buffer slope_scale, Output y, bool promote, float slope_k,
-                                         float slope_cap) {
+                                         Buffer slope_scale, Output y, Output counter,
+                                         bool promote, float slope_k, float slope_cap) {
   Checker check("a", a, 2);
   Gemm args{};
   args.batch = check.batch();
@@ -73,6 +75,7 @@ inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buf
   args.out_type = check.FloatType("y", *y);
   args.y = check.Take<void>("y", *y, y->element_type(), {args.m, args.n});
   args.promote = promote;
+  args.counter = check.Take<uint32_t>("counter", *counter, ffi::U32, {1});
   return check.Finish(args);
 }
 

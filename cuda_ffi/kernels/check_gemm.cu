@@ -101,7 +101,8 @@ bool Check(const Case& c) {
           kSlopeCap},
          ToDevice(y),
          c.out,
-         c.promote};
+         c.promote,
+         ToDevice(std::vector<uint32_t>{0xA5A5A5A5})};
   Require(cudaMemset(g.y, 0xA5, y.size()), "poison");
   Require(LaunchGemm(g, nullptr), "LaunchGemm");
   Require(cudaDeviceSynchronize(), "GemmKernel");
@@ -152,7 +153,7 @@ bool Check(const Case& c) {
   for (const void* p :
        {(const void*)g.a, (const void*)g.b, (const void*)g.a_scale, (const void*)g.b_scale,
         (const void*)g.u, (const void*)g.v, (const void*)g.bias, g.slope.w,
-        (const void*)g.slope.scale, (const void*)g.y}) {
+        (const void*)g.slope.scale, (const void*)g.y, (const void*)g.counter}) {
     cudaFree(const_cast<void*>(p));
   }
   return wrong == 0;
@@ -167,7 +168,7 @@ int main() {
   const int kShapes[][3] = {{1, 1, 16},      {127, 129, 144},  {128, 256, 128}, {256, 512, 1024},
                             {300, 520, 400}, {513, 200, 2048}, {64, 1000, 5120}};
   // As many tiles that each of either width is taken, and several by every block.
-  const int kManyTiles[][3] = {{2048, 4096, 32}, {4096, 4608, 32}};
+  const int kManyTiles[][3] = {{2048, 4096, 32}, {4096, 9216, 16}};
   for (bool promote : {false, true}) {
     for (auto [m, n, k] : kShapes) {
       ok &= Check({1, m, n, k, kOut[i % 3], false, false, promote, i % 2 == 0, i % 3 == 0, i % 3});

@@ -5,8 +5,9 @@
 // other has the tensor cores to itself. Promotion needs a second set of accumulators, so there they
 // share a tile.
 //
-// What bounds the rate, beside power, is what L2 delivers: so tiles are wide, and the clusters at
-// work read few columns of b, and the same rows of a at about the same time.
+// What bounds the rate, beside power, is what L2 delivers: so tiles are wide, the clusters at work
+// read few columns of b and the same rows of a at about the same time, and each takes its next tile
+// when it has room for one, since those that are nearer to L2 are faster.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -71,6 +72,11 @@ struct Shared {
   uint64_t full[kStages<kBlockN>];
   uint64_t empty[kStages<kBlockN>];
   uint64_t turn[kConsumers];
+  // The cluster's next tiles, as indices into the schedule, the even and the odd ones apart: with
+  // turns, a warpgroup sees every phase of its own.
+  uint32_t next[kConsumers];
+  uint64_t next_full[kConsumers];
+  uint64_t next_empty[kConsumers];  // of the first block's, for both
 };
 template <int kBlockN>
 constexpr int kSharedBytes = sizeof(Shared<kBlockN>) + kAlignment;
@@ -90,6 +96,7 @@ struct Params {
   bool slope_aligned;  // whether pairs in its rows are, to their size
   void* y;
   DType out_type;
+  uint32_t* counter;  // or null, to deal tiles out evenly
   bool bulk_store;
 };
 
@@ -402,6 +409,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   // A warpgroup's share of the tiles, and of a tile: every second one whole, or half of every one.
   constexpr int kTurns = kPromote || kBlockN == kJoint ? 1 : kConsumers;
   constexpr int kHalves = kTurns == 1 ? 1 : kBlockM / kWgmmaM;
+  constexpr int kSharers = kConsumers / kTurns;  // warpgroups of a tile
+  constexpr int kWarps = kWarpgroup / kWarp;
 
   extern __shared__ uint8_t raw[];
   auto& shared = *reinterpret_cast<Shared<kBlockN>*>(
@@ -417,48 +426,91 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     for (int s = 0; s < kStages<kBlockN>; ++s) {
       BarrierInit(&shared.full[s], 1);
       // Every warp that reads a stage, in both blocks, since each block writes into the other's.
-      BarrierInit(&shared.empty[s], kCluster * (kConsumers / kTurns) * (kWarpgroup / kWarp));
+      BarrierInit(&shared.empty[s], kCluster * kSharers * kWarps);
     }
-    for (int w = 0; w < kConsumers; ++w) BarrierInit(&shared.turn[w], 1);
+    for (int w = 0; w < kConsumers; ++w) {
+      BarrierInit(&shared.turn[w], 1);
+      BarrierInit(&shared.next_full[w], 1);
+      BarrierExpect(&shared.next_full[w], sizeof(uint32_t));
+      // Those warps, and the one that loads.
+      BarrierInit(&shared.next_empty[w], kCluster * (kSharers * kWarps + 1));
+    }
     FenceBarrierInit();
   }
   ClusterSync();
 
+  // The index of this cluster's tile number `turn`, once it is known; past the last one's it ends.
+  const int lane = threadIdx.x % kWarp;
+  auto next_tile = [&](int turn) {
+    const int slot = turn % kConsumers;
+    BarrierWait(&shared.next_full[slot], turn / kConsumers & 1);
+    // By all lanes at once. An arrival does not wait for a load before it, so giving the place up is
+    // made to depend on what was read.
+    const int index = __shfl_sync(~0u, LoadShared(&shared.next[slot]), 0);
+    if (lane == 0 && index >= 0) BarrierArriveRemote(&shared.next_empty[slot], 0);
+    return index;
+  };
+
   if (warpgroup == kConsumers) {
     RegistersDecrease<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) {
+    const int warp = threadIdx.x % kWarpgroup / kWarp;
+    if (warp == 0) {
       constexpr int kPartN = kBlockN / kCluster;
       const int part = ClusterRank() * kPartN;
       Ring<kStages<kBlockN>> ring;
-      for (int index = cluster; index < schedule.total; index += clusters) {
-        const Tile tile = schedule[index];
-        for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
-          Stage<kBlockN>& stage = shared.stages[ring.stage];
-          uint64_t* full = &shared.full[ring.stage];
-          BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
-          BarrierExpect(full, sizeof(stage));
-          TensorLoad(stage.a, &a_map, full, kb * kBlockK, tile.row, tile.batch);
-          TensorLoadMulticast(stage.b + part * kBlockK, &b_map, full, (1 << kCluster) - 1,
-                              kb * kBlockK, tile.col + part, tile.batch);
+      for (int turn = 0;; ++turn) {
+        const int index = next_tile(turn);
+        if (index >= schedule.total) break;
+        if (lane == 0) {
+          BarrierExpect(&shared.next_full[turn % kConsumers], sizeof(uint32_t));
+          const Tile tile = schedule[index];
+          for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
+            Stage<kBlockN>& stage = shared.stages[ring.stage];
+            uint64_t* full = &shared.full[ring.stage];
+            BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
+            BarrierExpect(full, sizeof(stage));
+            TensorLoad(stage.a, &a_map, full, kb * kBlockK, tile.row, tile.batch);
+            TensorLoadMulticast(stage.b + part * kBlockK, &b_map, full, (1 << kCluster) - 1,
+                                kb * kBlockK, tile.col + part, tile.batch);
+          }
+        }
+        __syncwarp();
+      }
+    } else if (warp == 1 && ClusterRank() == 0 && lane == 0) {
+      // Hands out tiles to both blocks, in the order of the schedule; at the end one index past it
+      // for each of those who take turns.
+      int index = cluster;
+      for (int turn = 0, ends = 0; ends < kTurns; ++turn) {
+        const int slot = turn % kConsumers;
+        BarrierWait(&shared.next_empty[slot], (turn / kConsumers & 1) ^ 1);
+        for (int rank = 0; rank < kCluster; ++rank) {
+          StoreRemote(&shared.next[slot], index, &shared.next_full[slot], rank);
+        }
+        if (index >= schedule.total) {
+          ++ends;
+        } else if (p.counter == nullptr) {
+          index += clusters;
+        } else {
+          index = clusters + static_cast<int>(atomicAdd(p.counter, 1));
         }
       }
     }
   } else {
     RegistersIncrease<kConsumerRegisters>();
-    const int lane = threadIdx.x % kWarp;
     const int warp_row = threadIdx.x % kWarpgroup / kWarp * 16 + lane / 4;
-    const int turn = kTurns == 1 ? 0 : warpgroup;
+    const int first = kTurns == 1 ? 0 : warpgroup;  // of the tiles that it takes
     // A warpgroup begins a tile when the other has seen all of the tile before arrive. Only then do
     // the parities of the full stages tell the phase it waits for from the one before the last.
-    int turn_parity = turn == 0 ? 1 : 0;
+    int turn_parity = first == 0 ? 1 : 0;
     const int block_row = kTurns == 1 ? warpgroup * kWgmmaM : 0;
     auto release = [&](int stage) {
       if (lane < kCluster) BarrierArriveRemote(&shared.empty[stage], lane);
     };
     Ring<kStages<kBlockN>> ring;
-    ring.Advance(turn * k_blocks);
-    for (int index = cluster + turn * clusters; index < schedule.total;
-         index += kTurns * clusters) {
+    ring.Advance(first * k_blocks);
+    for (int turn = first;; turn += kTurns) {
+      const int index = next_tile(turn);
+      if (index >= schedule.total) break;
       const Tile tile = schedule[index];
       if constexpr (kSlope) PrefetchSlope(p, tile, kBlockN);
       Sums<kBlockN> sums[kHalves];
@@ -467,7 +519,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         for (float& sum : sums[0]) sum = 0;
       }
       if constexpr (kTurns > 1) {
-        BarrierWait(&shared.turn[turn], turn_parity);
+        BarrierWait(&shared.turn[first], turn_parity);
         turn_parity ^= 1;
       }
       int last = 0;
@@ -498,7 +550,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         if constexpr (kTurns > 1) {
           // The other warpgroup's first products queue up behind the last ones of this tile.
           if (kb == k_blocks - 1 && threadIdx.x % kWarpgroup == 0) {
-            BarrierArrive(&shared.turn[kTurns - 1 - turn]);
+            BarrierArrive(&shared.turn[kTurns - 1 - first]);
           }
         }
         if constexpr (kPromote) {
@@ -560,6 +612,10 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 
 int OutBytes(DType type) { return type == DType::kF32 ? 4 : 2; }
 
+// Up to so many tiles a cluster, none gets far enough ahead of the others for it to pay to zero the
+// counter.
+constexpr int kFewTurns = 6;
+
 // Whether y's rows are multiples of 16 bytes, as the copy engine wants them.
 bool HasBulkRows(const Gemm& g) {
   return g.n * OutBytes(g.out_type) % 16 == 0 && reinterpret_cast<uintptr_t>(g.y) % 16 == 0;
@@ -567,6 +623,8 @@ bool HasBulkRows(const Gemm& g) {
 
 template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
 cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
+  const int tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
+  const bool deals = tiles <= kFewTurns * clusters;
   const Params p{static_cast<int>(g.batch),
                  static_cast<int>(g.m),
                  static_cast<int>(g.n),
@@ -583,6 +641,7 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
                  g.n % 2 == 0 && reinterpret_cast<uintptr_t>(g.slope.w) % sizeof(float2) == 0,
                  g.y,
                  g.out_type,
+                 deals ? nullptr : g.counter,
                  HasBulkRows(g)};
   CUtensorMap a_map, b_map, y_map{};
   cudaError_t status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m,
@@ -600,11 +659,15 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
                            CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
   }
+  if (p.counter != nullptr) {
+    status = cudaMemsetAsync(p.counter, 0, sizeof(*p.counter), stream);
+    if (status != cudaSuccess) return status;
+  }
   auto kernel = GemmKernel<kBlockN, kAE5M2, kBE5M2, kPromote, kSlope>;
   constexpr int kBytes = kSharedBytes<kBlockN>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  clusters = std::min(clusters, Schedule<kBlockN>(p.batch, p.m, p.n).total);
+  clusters = std::min(clusters, tiles);
   kernel<<<clusters * kCluster, kThreads, kBytes, stream>>>(a_map, b_map, y_map, p);
   return cudaGetLastError();
 }
@@ -620,7 +683,7 @@ float Cost(const Gemm& g, int clusters) {
   const float factor = kBlockN == kNarrow   ? 1.1f
                        : kBlockN == kMedium ? 1.03f
                        : kBlockN == kWide   ? 1.0f
-                                            : 0.97f + 400.0f / g.k;
+                                            : 0.985f + 400.0f / g.k;
   return (tiles + clusters - 1) / clusters * kBlockN * factor;
 }
 

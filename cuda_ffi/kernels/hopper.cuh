@@ -66,6 +66,23 @@ __device__ __forceinline__ void BarrierArriveRemote(uint64_t* barrier, uint32_t 
       : "memory");
 }
 
+__device__ __forceinline__ uint32_t LoadShared(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(SharedAddress(p)) : "memory");
+  return v;
+}
+
+// Writes a word at the same place in the shared memory of block `rank`, and counts its bytes on the
+// barrier that has `barrier`'s place there.
+__device__ __forceinline__ void StoreRemote(uint32_t* to, uint32_t value, uint64_t* barrier,
+                                            uint32_t rank) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+          MapToRank(SharedAddress(to), rank)),
+      "r"(value), "r"(MapToRank(SharedAddress(barrier), rank))
+      : "memory");
+}
+
 // Waits until the phase of this parity has completed.
 __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
   asm volatile(

@@ -36,7 +36,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
 """What has kernels."""
 
-INTERFACE = 4
+INTERFACE = 5
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -439,13 +439,17 @@ def gemm(
             0,
         )
     w, w_scale, k, cap = slope
-    y = jax.ShapeDtypeStruct((*batch, m, n), out_dtype)
-    return _call("jfp4_gemm", y)(
+    results = (
+        jax.ShapeDtypeStruct((*batch, m, n), out_dtype),
+        jax.ShapeDtypeStruct((*batch, 1), jnp.uint32),  # scratch
+    )
+    y, _ = _call("jfp4_gemm", results)(
         *(a, a_scale, b, b_scale, u, v, bias, w, w_scale),
         promote=promote,
         slope_k=np.float32(k),
         slope_cap=np.float32(cap),
     )
+    return y
 
 
 def packed_gemm(

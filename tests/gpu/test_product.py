@@ -107,6 +107,10 @@ LARGE = {
 """Sizes of which a GPU of 132 multiprocessors takes tiles of each width, and several by a block."""
 
 
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+"""Spares XLA the minutes in which it would try its own kernels on a float32 product."""
+
+
 def codes_on_device(seed, shape, axis):
     """E2M1 codes of a Gaussian tensor that is never on the host, and scales of all sizes."""
     keys = jax.random.split(jax.random.key(seed))
@@ -123,7 +127,7 @@ def test_every_width_of_tile_is_exact(size, dtype):
     m, k, n = LARGE[size]
     a, b = codes_on_device(m, (m, k), 1), codes_on_device(n, (k, n), 0)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=CUBLAS)
     def expected(a, b):
         wide = (q.codes.astype(jnp.float32) for q in (a, b))
         sums = jnp.matmul(*wide, precision="highest")  # exact in float32: below 2**22 quarters
@@ -157,9 +161,12 @@ def test_every_width_of_tile_with_a_slope(size, dtype):
     results = []
     for path in ("cuda", "xla"):
         with ffi.backend(path):
-            results.append(jax.jit(product)(a, b, w, scale))
+            results.append(jax.jit(product, compiler_options=CUBLAS)(a, b, w, scale))
     by_kernel, by_xla = results
-    # Both are within 2**-20 of the slope; sums are exact on both sides, or nearly so by XLA.
+    # The kernel is within 2**-20 of the slope. So is XLA: where the cap does not hold, distances
+    # are above 0.03, their logarithms below 4, and an ulp of those, a rounding of the product with
+    # 1/k - 1 and two ulps of the exponential are 2**-22 + 2**-23 + 2**-22. Sums and scales are the
+    # same on both sides; the rest is a rounding or two of each.
     assert bool(jnp.all(jnp.abs(by_kernel - by_xla) <= (2.0**-19 + 8 * U) * jnp.abs(by_xla)))
 
 

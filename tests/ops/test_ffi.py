@@ -654,7 +654,7 @@ GEMM = Call(
         "slope_w": (F16, (2, 3, 5)),
         "slope_scale": (F32, (2, 1, 5)),
     },
-    {"y": (BF16, (2, 3, 5))},
+    {"y": (BF16, (2, 3, 5)), "counter": ("uint32", (2, 1))},
     {"promote": False, "slope_k": np.float32(5), "slope_cap": np.float32(3)},
 )
 PACKED_GEMM = Call(
@@ -739,6 +739,11 @@ MISTAKES = [
     (GEMM, {"slope_cap": np.float32(0)}, "slope_k is 5.000000 and slope_cap 0.000000; expected"),
     (GEMM, {"y": (BF16, (2, 5, 3))}, "y is bf16[2, 5, 3]; expected bf16[2, 3, 5]"),
     (GEMM, {"y": (E4M3, (2, 3, 5))}, "y is f8e4m3fn[2, 3, 5]; expected bf16, f16 or f32"),
+    (
+        GEMM,
+        {"counter": (F32, (2, 1))},
+        "counter is f32[2, 1]; expected u32[2, 1], beside a f8e4m3fn",
+    ),
     (PACKED_GEMM, {"a": (E4M3, (3, 16))}, "a is f8e4m3fn[3, 16]; expected u8[3, 16]"),
     (PACKED_GEMM, {"a_scale": (F32, (2, 1))}, "a_scale is f32[2, 1]; expected f32[3, 1]"),
     (PACKED_GEMM, {"b": (U8, (5, 8))}, "b is u8[5, 8]; expected u8[5, 16], beside a u8[3, 16]"),
