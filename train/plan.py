@@ -15,6 +15,7 @@ from rich.table import Table
 
 from jfp4.ops.cross_entropy import chunk_size
 from train.config import TrainConfig
+from train.deterministic import fix_order_of_attention
 from train.placement import Placement
 from train.step import Trainer
 
@@ -126,6 +127,8 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
         return dataclasses.replace(plan, activations=activations), None
     with placement.in_force():
         lowered = jitted_step(trainer).lower(state, trainer.batch_shape())
+        if trainer.config.deterministic:
+            fix_order_of_attention(lowered)
         compiled = lowered.compile(compiler_options=compiler_options(trainer.config, placement))
     placement.check_divided(state, compiled.input_shardings[0][0])
     memory: Any = compiled.memory_analysis()
