@@ -7,6 +7,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=2 makes.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -54,6 +55,9 @@ STEPS = 8
 
 TRACED = 3
 """Steps in a trace."""
+
+BRIEF = 0.05
+"""Milliseconds a step below which a kernel is not named."""
 
 COLLECTIVE = re.compile(r"nccl|MemcpyP2P|SendRecv|all_?reduce_?kernel", re.IGNORECASE)
 """Names of what moves data between GPUs; what waits for another GPU counts too."""
@@ -233,19 +237,21 @@ def shares(events: Sequence[Event], steps: int) -> dict[str, Any]:
     Returns:
         Milliseconds a step: ``busy_ms`` in which anything runs, ``collective_ms`` in which a
         collective does, ``exposed_ms`` in which nothing but collectives does; and ``kernels``, the
-        sum of every collective kernel's time by its name.
+        sum of every kernel's time by its name, less the numbers that the compiler gives and less
+        those of under ``BRIEF``.
     """
     sent = [event for event in events if COLLECTIVE.search(event.name)]
     rest = [event for event in events if not COLLECTIVE.search(event.name)]
     busy, scale = covered(events), 1e-6 / steps
-    kernels: dict[str, float] = {}
-    for event in sent:
-        kernels[event.name] = kernels.get(event.name, 0) + scale * (event.end - event.start)
+    kernels: dict[str, float] = collections.defaultdict(float)
+    for event in events:
+        kernels[re.sub(r"(_\d+)+$", "", event.name)] += scale * (event.end - event.start)
+    longest = sorted(kernels.items(), key=lambda item: -item[1])
     return {
         "busy_ms": scale * busy,
         "collective_ms": scale * covered(sent),
         "exposed_ms": scale * (busy - covered(rest)),
-        "kernels": kernels,
+        "kernels": {name: ms for name, ms in longest if ms >= BRIEF},
     }
 
 

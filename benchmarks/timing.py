@@ -83,6 +83,9 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Times every side, by turns, so that a drift of the clocks hits all alike.
 
+    What draws less power leaves the next one higher clocks, so turns come in another order in each
+    round.
+
     Args:
         sides: by name; each runs twice before anything is timed.
         calls: calls in a row of one side.
@@ -100,8 +103,10 @@ def measure(
     for side in sides.values():
         side.run(2)
     walls = wall_seconds(sides, rounds=3) if wall else {}
+    names = list(sides)
+    order = [names[i] for turn in turns(len(names), rounds) for i in turn]
     try:
-        windows = traced(list(sides.values()) * rounds, calls)
+        windows = traced([sides[name] for name in order], calls)
     except NoTrace as error:
         print(f"warning: {error}; timed by the wall clock", file=sys.stderr)
         walls = walls or wall_seconds(sides, rounds=3)
@@ -109,15 +114,26 @@ def measure(
             name: {"ms": 1e3 * s, "wall_ms": 1e3 * s, "clock": "wall"} for name, s in walls.items()
         }
     results = {}
-    for i, name in enumerate(sides):
-        results[name] = summary(*split(windows[i :: len(sides)], calls))
+    for name in names:
+        own = [window for who, window in zip(order, windows, strict=True) if who == name]
+        results[name] = summary(*split(own, calls))
         if label is not None:
-            events = [event for window in windows[i :: len(sides)] for event in window]
+            events = [event for window in own for event in window]
             parts = [(label(name, event), event) for event in events]
             results[name]["parts"] = _milliseconds(parts, rounds * calls)
         if name in walls:
             results[name]["wall_ms"] = 1e3 * walls[name]
     return results
+
+
+def turns(count: int, rounds: int) -> list[list[int]]:
+    """Orders of so many sides, one a round, in which none follows the same other one too often.
+
+    Over as many rounds as sides each follows each other one once, or, where their number is odd,
+    half of them twice (E. J. Williams, Australian Journal of Scientific Research A 2, 1949).
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]
+    return [[(i + shift) % count for i in zigzag] for shift in range(rounds)]
 
 
 def summary(groups: Sequence[list[Event]], calls: int) -> dict[str, Any]:
@@ -222,13 +238,14 @@ def wall_seconds(
     sides: Mapping[str, Side], *, rounds: int, few: int = 4, many: int = 20
 ) -> dict[str, float]:
     """Median seconds a call: the difference of a long and a short run, so without their ends."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
+    names = list(sides)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in turns(len(names), rounds):
+        for name in (names[i] for i in turn):
             ends = []
             for calls in (few, many):
                 start = time.perf_counter()
-                side.run(calls)
+                sides[name].run(calls)
                 ends.append(time.perf_counter() - start)
             times[name].append((ends[1] - ends[0]) / (many - few))
     return {name: statistics.median(values) for name, values in times.items()}

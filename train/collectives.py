@@ -135,8 +135,10 @@ def _collective(
     arrays = [
         _bytes(dtype, bits, shape) for dtype, bits, shape in _ARRAY.findall(instruction.result)
     ]
-    # What starts has operands and results in one tuple, but for an all-reduce.
-    halved = instruction.op.endswith("-start") and kind != "all-reduce"
+    # What starts has operands and results in one tuple; an all-reduce by most compilers' versions
+    # the results alone.
+    operands = len(re.findall(r"%[\w.-]+", instruction.text.partition(")")[0]))
+    halved = instruction.op.endswith("-start") and len(arrays) >= 2 * operands
     size = sum(arrays[len(arrays) // 2 :] if halved else arrays)
     if kind == "reduce-scatter":
         size *= len(group)

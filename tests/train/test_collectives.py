@@ -35,6 +35,11 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   %alone = f32[] all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
   %two = (f32[8]{0}, s32[4]{0}) all-reduce(%x, %y), replica_groups=[1,8]<=[8], to_apply=%add
   %start = (f32[8]{0}, f32[16]{0}) all-gather-start(%x), replica_groups=[4,2]<=[8], dimensions={0}
+  %one = f32[8]{0} all-reduce-start(%x), replica_groups=[4,2]<=[8], to_apply=%add
+  %both = (f32[8]{0}, f32[8]{0}) all-reduce-start(%x, %z), replica_groups=[4,2]<=[8]
+  %pair = (f32[8]{0}, f32[8]{0}) all-reduce-start(%x), replica_groups=[4,2]<=[8], to_apply=%add
+  %pairs = ((f32[8], f32[2]), (f32[8], f32[2])) all-reduce-start(%x, %y), replica_groups=[4,2]<=[8]
+  %done = f32[8]{0} all-reduce-done(%one)
   %moved = u8[10]{0} collective-permute(%x), source_target_pairs={{0,3},{3,1}}
   ROOT %out = f32[8,16]{1,0} get-tuple-element(%w), index=1, metadata={op_name="%n %two"}
 }
@@ -49,11 +54,15 @@ def test_loops_groups_dtypes_and_slices():
         Collective("all-reduce", 4, (0, 2, 4, 6), 1),
         Collective("all-reduce", 4 * 8 + 4 * 4, tuple(range(8)), 1),
         Collective("all-gather", 4 * 16, (0, 1), 1),
+        Collective("all-reduce", 4 * 8, (0, 1), 1),
+        Collective("all-reduce", 4 * 16, (0, 1), 1),
+        Collective("all-reduce", 4 * 8, (0, 1), 1),
+        Collective("all-reduce", 4 * 10, (0, 1), 1),
         Collective("collective-permute", 10, (0, 1, 3), 1),
     ]
     assert summary(found) == {
         "all-gather": (41, 40 * 1024 * 3 / 4 + 64 / 2),
-        "all-reduce": (2, 2 * (4 * 3 / 4 + 48 * 7 / 8)),
+        "all-reduce": (6, 2 * (4 * 3 / 4 + 48 * 7 / 8 + (32 + 64 + 32 + 40) / 2)),
         "reduce-scatter": (40, 40 * 2048 / 2),
         "collective-permute": (1, 10),
     }

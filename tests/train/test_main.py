@@ -20,7 +20,7 @@ from train import loop, metrics, prepare
 from train.batches import batches
 from train.checkpoint import Checkpoints
 from train.errors import UserError
-from train.main import main
+from train.main import SHARE_ALONE, claim_memory, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,6 +149,21 @@ def test_says_what_computes_before_it_compiles(elsewhere, text, capsys, monkeypa
     ):
         assert main(tiny(text, *flags)) == 2
         assert capsys.readouterr().err.splitlines()[0].endswith(first)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, {"XLA_CLIENT_MEM_FRACTION": "0.95"}),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
+    ],
+    ids=["nothing", "the name", "its older name"],
+)
+def test_takes_a_gpu_s_memory_unless_the_environment_says_how_much(monkeypatch, said, expected):
+    monkeypatch.setattr(os, "environ", dict(said))
+    claim_memory(SHARE_ALONE)
+    assert os.environ == expected
 
 
 def test_nothing_to_resume(refuses):
