@@ -55,9 +55,12 @@ inline ffi::ErrorOr<AdamW> AdamWCall::Read(Buffer grad, Buffer param, Buffer fir
                                            float bound, bool root, bool stochastic) {
   const size_t rank = grad.dimensions().size();
   Checker check("grad", grad, rank);  // a whole tensor is one call: no dimension is a batch's
-  if (rank == 0) check.Refuse("grad is " + Describe(grad) + "; expected at least one dimension");
   AdamW args{};
-  args.n = rank == 0 ? 1 : check.dim(rank - 1);
+  if (rank == 0) {
+    check.Refuse("grad is " + Describe(grad) + "; expected at least one dimension");
+    return check.Finish(args);
+  }
+  args.n = check.dim(rank - 1);
   args.slices = keys.dimensions().size() == 2 ? keys.dimensions()[0] : 0;
   const int64_t rows = static_cast<int64_t>(grad.element_count()) / std::max<int64_t>(args.n, 1);
   if (args.slices == 0 || rows % args.slices != 0) {

@@ -37,8 +37,8 @@ struct GemmCall {
 
 inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buffer b_scale,
                                          Buffer u, Buffer v, Buffer bias, Buffer slope_w,
-                                         Buffer slope_scale, Output y, Output counter,
-                                         bool promote, float slope_k, float slope_cap) {
+                                         Buffer slope_scale, Output y, Output counter, bool promote,
+                                         float slope_k, float slope_cap) {
   Checker check("a", a, 2);
   Gemm args{};
   args.batch = check.batch();

@@ -1,6 +1,8 @@
 // The call of the order statistics, common to every platform.
 #pragma once
 
+#include <limits>
+
 #include "cuda_ffi/ffi/checks.h"
 #include "cuda_ffi/kernels/thresholds.h"
 
@@ -41,6 +43,11 @@ inline ffi::ErrorOr<Thresholds> ThresholdsCall::Read(Buffer x, Output lo, Output
   args.high_rank = high_rank;
   args.lo = check.Take<float>("lo", *lo, ffi::F32, {});
   args.hi = check.Take<float>("hi", *hi, ffi::F32, {});
+  constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();  // ranks are counted in 32 bits
+  if (count > kMost) {
+    check.Refuse("count is " + std::to_string(count) + "; expected at most " +
+                 std::to_string(kMost));
+  }
   if (stride < 1 || count < 1 || count - 1 > (args.size - 1) / stride) {
     check.Refuse("stride is " + std::to_string(stride) + " and count " + std::to_string(count) +
                  "; expected positive numbers that stay in x " + Describe(x));

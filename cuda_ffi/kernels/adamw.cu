@@ -303,9 +303,12 @@ cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream) {
   if (blocks > kMost || args.n > kMost || args.rows > kMost) {
     return cudaErrorInvalidConfiguration;
   }
-  (whole ? BlocksKernel : RowsKernel)<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(
-      args, static_cast<uint32_t>(blocks));
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(grid);
+  config.blockDim = kThreads;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, whole ? BlocksKernel : RowsKernel, args,
+                            static_cast<uint32_t>(blocks));
 }
 
 }  // namespace jfp4

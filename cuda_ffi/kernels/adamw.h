@@ -61,8 +61,7 @@ struct AdamW {
 // Does nothing where the rates say that the step is to be skipped.
 cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream);
 
-// --- the arithmetic of an element, the same on every platform: float32, every operation rounded
-// ---
+// --- the arithmetic of an element, the same on every platform: float32, all operations rounded ---
 
 #ifdef __CUDACC__
 #define JFP4_HOST_DEVICE __host__ __device__ __forceinline__

@@ -107,7 +107,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       BarrierInit(&shared.empty[s], kCluster * kSharers * kWarps);
     }
     for (int w = 0; w < kConsumers; ++w) {
-      BarrierInit(&shared.turn[w], 1);
+      BarrierInit(&shared.turn[w], kWarps);
       BarrierInit(&shared.next_full[w], 1);
       BarrierExpect(&shared.next_full[w], sizeof(uint32_t));
       // Those warps, and the one that loads.
@@ -179,6 +179,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     const int first = kTurns == 1 ? 0 : warpgroup;  // of the tiles that it takes
     // A warpgroup begins a tile when the other has seen all of the tile before arrive. Only then do
     // the parities of the full stages tell the phase it waits for from the one before the last.
+    // Every warp says so for itself, or one that is late could miss two turns, which look like
+    // none.
     int turn_parity = first == 0 ? 1 : 0;
     const int block_row = kTurns == 1 ? warpgroup * kWgmmaM : 0;
     auto release = [&](int stage) {
@@ -227,9 +229,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         WgmmaCommit();
         if constexpr (kTurns > 1) {
           // The other warpgroup's first products queue up behind the last ones of this tile.
-          if (kb == k_blocks - 1 && threadIdx.x % kWarpgroup == 0) {
-            BarrierArrive(&shared.turn[kTurns - 1 - first]);
-          }
+          if (kb == k_blocks - 1 && lane == 0) BarrierArrive(&shared.turn[kTurns - 1 - first]);
         }
         if constexpr (kPromote) {
           WgmmaWait<0>();
@@ -324,8 +324,12 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   clusters = std::min(clusters, tiles);
-  kernel<<<clusters * kCluster, kThreads, kBytes, stream>>>(a_map, b_map, y_map, p);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = clusters * kCluster;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, a_map, b_map, y_map, p);
 }
 
 bool HasSlope(const Gemm& g) { return g.slope.w != nullptr; }

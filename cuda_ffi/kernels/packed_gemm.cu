@@ -17,7 +17,8 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <array>
+#include <atomic>
+#include <limits>
 
 #include "cuda_ffi/kernels/hopper.cuh"
 #include "cuda_ffi/kernels/packed_codes.cuh"
@@ -50,6 +51,9 @@ constexpr int kSegmentChunks = kStageChunks / kSegments;
 static_assert(kSegmentChunks * kChunkK == kSwizzleRow && kChunkK == kWgmmaK);
 
 constexpr float kUnscale = 4096;  // both operands are 2^-6 of their values
+
+// Coordinates of the copy engine, and numbers of blocks, are 32 bits wide.
+constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
 
 constexpr int kSharedLimit = 227 * 1024;  // of a block
 constexpr int kAlignment = 1024;          // of a 128-byte-swizzled tile
@@ -531,12 +535,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kTokens>
 constexpr int kSharedBytes = sizeof(Shared<kTokens>) + kAlignment;
 
-template <int kTokens>
-cudaError_t AllowShared() {
-  return cudaFuncSetAttribute(PackedGemmKernel<kTokens>,
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<kTokens>);
-}
-
 cudaLaunchAttribute ClusterOf(int blocks) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -545,28 +543,26 @@ cudaLaunchAttribute ClusterOf(int blocks) {
   return attribute;
 }
 
-// How many clusters of so many blocks run at once.
+// How many clusters of so many blocks run at once. The driver takes a while to say so: what it said
+// of a device is kept.
 template <int kTokens>
-const std::array<int, kMaxSplit + 1>& ClustersAtOnce() {
-  static const std::array<int, kMaxSplit + 1> clusters = [] {
-    std::array<int, kMaxSplit + 1> counts{};
-    if (AllowShared<kTokens>() != cudaSuccess) return counts;
-    for (int split = 1; split <= kMaxSplit; ++split) {
-      cudaLaunchAttribute cluster = ClusterOf(split);
-      cudaLaunchConfig_t config{};
-      config.gridDim = split;
-      config.blockDim = kThreads;
-      config.dynamicSmemBytes = kSharedBytes<kTokens>;
-      config.attrs = &cluster;
-      config.numAttrs = 1;
-      if (cudaOccupancyMaxActiveClusters(&counts[split], PackedGemmKernel<kTokens>, &config) !=
-          cudaSuccess) {
-        counts[split] = 0;
-      }
-    }
-    return counts;
-  }();
-  return clusters;
+cudaError_t ClustersAtOnce(int split, int* clusters) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][kMaxSplit + 1];
+  int device;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  if (device < kDevices && (*clusters = known[device][split]) != 0) return cudaSuccess;
+  cudaLaunchAttribute cluster = ClusterOf(split);
+  cudaLaunchConfig_t config{};
+  config.gridDim = split;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kSharedBytes<kTokens>;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  status = cudaOccupancyMaxActiveClusters(clusters, PackedGemmKernel<kTokens>, &config);
+  if (status == cudaSuccess && device < kDevices) known[device][split] = *clusters;
+  return status;
 }
 
 // How y is divided: rows of b a tile, and blocks that share a tile's k.
@@ -593,13 +589,15 @@ double BlockCost(int64_t steps, int64_t rows, int split) {
 
 // The plan that is done first.
 template <int kTokens>
-Plan Choose(const PackedGemm& g) {
+cudaError_t Choose(const PackedGemm& g, Plan* best) {
   const int64_t bands = g.batch * DivideUp(g.m, kTokens);
   const int64_t stages = DivideUp(g.k, kStageK);
-  Plan best{kMaxRows, 1};
+  *best = {kMaxRows, 1};
   double least = 1e300;
   for (int split = 1; split <= std::min<int64_t>(kMaxSplit, stages); ++split) {
-    const int clusters = ClustersAtOnce<kTokens>()[split];
+    int clusters;
+    const cudaError_t status = ClustersAtOnce<kTokens>(split, &clusters);
+    if (status != cudaSuccess) return status;
     if (clusters == 0) continue;
     const int64_t waves = DivideUp(bands * DivideUp(g.n, kMaxRows), clusters);
     const int64_t n_tiles = std::max<int64_t>(1, clusters * waves / bands);
@@ -608,14 +606,14 @@ Plan Choose(const PackedGemm& g) {
     const double cost = waves * BlockCost<kTokens>(DivideUp(stages, split), rows, split);
     if (cost < least) {
       least = cost;
-      best = {static_cast<int>(rows), split};
+      *best = {static_cast<int>(rows), split};
     }
   }
-  return best;
+  return cudaSuccess;
 }
 
 template <int kTokens>
-cudaError_t Launch(const PackedGemm& g, const Plan& plan, cudaStream_t stream) {
+cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
   static_assert(kSharedBytes<kTokens> <= kSharedLimit);
   static_assert(kRingBytes<kTokens> / (kTokenBytes<kTokens> + kMaxRows * kStageRowBytes) >=
                 kMinStages);
@@ -624,7 +622,12 @@ cudaError_t Launch(const PackedGemm& g, const Plan& plan, cudaStream_t stream) {
                 2 * kMaxSharers);
   static_assert(sizeof(Shared<kTokens>::sums) <= kRingBytes<kTokens>);
   static_assert(kTokens % kSwizzleRows == 0);
-  cudaError_t status = AllowShared<kTokens>();
+  cudaError_t status =
+      cudaFuncSetAttribute(PackedGemmKernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           kSharedBytes<kTokens>);
+  if (status != cudaSuccess) return status;
+  Plan plan;
+  status = Choose<kTokens>(g, &plan);
   if (status != cudaSuccess) return status;
   CUtensorMap a_map{}, b_map{};
   if (g.k != 0) {
@@ -665,7 +668,9 @@ cudaError_t Launch(const PackedGemm& g, const Plan& plan, cudaStream_t stream) {
                  g.n % 4 == 0 && reinterpret_cast<uintptr_t>(g.y) % (4 * width) == 0};
   cudaLaunchAttribute cluster = ClusterOf(plan.split);
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(g.batch * m_tiles * n_tiles * plan.split);
+  const int64_t blocks = g.batch * m_tiles * n_tiles * plan.split;
+  if (blocks > kMaxSize) return cudaErrorInvalidConfiguration;
+  config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kSharedBytes<kTokens>;
   config.stream = stream;
@@ -679,10 +684,11 @@ cudaError_t Launch(const PackedGemm& g, const Plan& plan, cudaStream_t stream) {
 cudaError_t LaunchPackedGemm(const PackedGemm& g, cudaStream_t stream) {
   if (g.batch == 0 || g.m == 0 || g.n == 0) return cudaSuccess;
   if (g.k % kChunkK != 0) return cudaErrorInvalidValue;
-  if (g.m <= 8) return Launch<8>(g, Choose<8>(g), stream);
-  if (g.m <= 16) return Launch<16>(g, Choose<16>(g), stream);
-  if (g.m <= 32) return Launch<32>(g, Choose<32>(g), stream);
-  return Launch<64>(g, Choose<64>(g), stream);
+  if (std::max({g.batch, g.m, g.n, g.k}) > kMaxSize) return cudaErrorInvalidValue;
+  if (g.m <= 8) return Launch<8>(g, stream);
+  if (g.m <= 16) return Launch<16>(g, stream);
+  if (g.m <= 32) return Launch<32>(g, stream);
+  return Launch<64>(g, stream);
 }
 
 }  // namespace jfp4

@@ -273,7 +273,10 @@ cudaError_t LaunchStrips(const QuantizeColumns& args, int warps, int slots, cuda
   if (error != cudaSuccess) return error;
   const auto kernel = StripKernel<kType, kFormat, kClip>;
   const int bytes = SharedBytes<kType>(warps * slots);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The most that any call wants: the bound is the process's, and another thread may be between
+  // setting it and launching.
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               SharedBytes<kType>(kMaxPieces));
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute cluster = {};

@@ -716,6 +716,7 @@ MISTAKES = [
     ),
     (THRESHOLDS, {"stride": 0}, "stride is 0 and count 7; expected positive"),
     (THRESHOLDS, {"count": 0}, "stride is 3 and count 0; expected positive"),
+    (THRESHOLDS, {"count": 2**32}, "count is 4294967296; expected at most 4294967295"),
     (THRESHOLDS, {"low_rank": -1}, "low_rank is -1 and high_rank 6; expected 0 to count - 1, 6"),
     (THRESHOLDS, {"high_rank": 7}, "low_rank is 0 and high_rank 7; expected 0 to count - 1, 6"),
     (GEMM, {"a": (U8, (2, 3, 32))}, "a is u8[2, 3, 32]; expected f8e4m3fn or f8e5m2"),
@@ -765,6 +766,27 @@ def test_a_wrong_buffer_is_named_with_both_shapes(call, change, message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(message)) as raised:
         call(**change)
     assert "INVALID_ARGUMENT" in str(raised.value)
+
+
+@built
+def test_a_parameter_without_an_axis_is_refused():
+    number, none = (F32, ()), (U8, (0,))
+    state = {"first": number, "first_exponents": none, "second": number, "second_exponents": none}
+    attributes = dict.fromkeys(("b1", "rest1", "b2", "rest2", "eps", "weight_decay", "bound"))
+    call = Call(
+        "jfp4_adamw",
+        {
+            "grad": number,
+            "param": number,
+            **state,
+            "rates": (F32, (6,)),
+            "keys": ("uint32", (1, 3)),
+        },
+        {"param": number, **state},
+        dict.fromkeys(attributes, np.float32(0.5)) | {"root": True, "stochastic": False},
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"grad is f32\[\]; expected at least one"):
+        call()
 
 
 @built
