@@ -91,12 +91,22 @@ class AdamW:
         """
 
         def by_slices(stored: Any, state: Any, grads: Any, scale: Any, seed: Any, n: Any) -> Any:
+            chain = self._with_mask_of(stored).transformation()
             return master.apply_gradients(
-                self.transformation(), stored, state, grads, scale=scale, seed=seed, step=n
+                chain, stored, state, grads, scale=scale, seed=seed, step=n
             )
 
         numbers = jnp.float32(scale), jnp.uint32(seed), jnp.asarray(step, jnp.int32)
         return ffi.dispatch(self._by_kernel, by_slices, stored, state, grads, *numbers)
+
+    def _with_mask_of(self, stored: Any) -> "AdamW":
+        """Itself, its mask asked of whole leaves: by slices, they would have other shapes."""
+        if self.mask is None:
+            return self
+        decays = dict(jax.tree.leaves_with_path(self.mask(stored)))
+        return dataclasses.replace(
+            self, mask=lambda tree: jax.tree.map_with_path(lambda path, _: decays[path], tree)
+        )
 
     def _schedule(self) -> optax.Schedule:
         rate = self.learning_rate

@@ -1,6 +1,7 @@
 """FP4 layers for flax.nnx models, and the conversion of an existing model."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -103,13 +104,14 @@ class Linear(nnx.Linear):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         x = inputs.astype(self.dtype or jnp.promote_types(inputs.dtype, kernel.dtype))
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        calibration: Calibration | None = None
         if self.use_running_average:
             calibration = self._running()
-        else:
+        elif tokens.size > 0:
             calibration = calibrate(tokens, self.recipe)
             self._observe(calibration)
-        if self.monitor:
+        if self.monitor and calibration is not None:
             # As ``sow`` would leave it, but of this call alone: the state keeps its shape.
             self.health = nnx.Intermediate((health(tokens, kernel, self.recipe, calibration),))
         # There only once it is made, as nnx.update has it of what a call adds.
@@ -122,14 +124,19 @@ class Linear(nnx.Linear):
         )
         return Calibration(lo, hi, mean)
 
-    def _observe(self, seen: Calibration) -> None:
-        for stat, new in ((self.lo, seen.lo), (self.hi, seen.hi), (self.mean, seen.mean)):
+    def _observe(self, calibration: Calibration) -> None:
+        for stat, new in (
+            (self.lo, calibration.lo),
+            (self.hi, calibration.hi),
+            (self.mean, calibration.mean),
+        ):
             if stat is not None and new is not None:
                 old = stat[...]
                 # What has seen nothing yet, the first call replaces: thresholds are infinite then,
-                # and means all zero.
+                # and means all zero. A call with a NaN in it has nothing to tell.
                 unseen = jnp.all(old == 0) if stat is self.mean else jnp.isinf(old)
-                stat[...] = jnp.where(unseen, new, MOMENTUM * old + (1 - MOMENTUM) * new)
+                seen = jnp.where(unseen, new, MOMENTUM * old + (1 - MOMENTUM) * new)
+                stat[...] = jnp.where(jnp.isnan(new), old, seen)
 
 
 def path_name(path: Sequence[Any]) -> str:

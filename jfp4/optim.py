@@ -11,6 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float16, Float32, UInt8, UInt32
 
+from jfp4.ops.quantize import amax_of
 from jfp4.ops.rounding import binade, random_bits, round_to_dtype, stochastic_key
 
 BLOCK = 128
@@ -60,7 +61,7 @@ def to_blocks(
         bits: as in ``round_to_dtype``.
     """
     blocks = _split(x)
-    amax = jnp.max(jnp.abs(blocks), axis=-1, initial=0)
+    amax = amax_of(blocks, -1)[..., 0]
     top = 2.0 ** (math.floor(math.log2(jnp.finfo(dtype).max)) - 1)
     scale = jnp.maximum(binade(amax), _LEAST_BINADE) * np.float32(1 / top)
     codes = round_to_dtype((blocks * (1 / scale)[..., None]).reshape(x.shape), dtype, bits)
@@ -152,7 +153,9 @@ def scale_by_adam(
 
     def init(params: Any) -> optax.ScaleByAdamState:
         def zeros(format: str) -> Any:
-            return jax.tree.map(lambda p: encode(jnp.zeros(p.shape), format, None), params)
+            return jax.tree.map(
+                lambda p: encode(jnp.zeros(p.shape, jnp.float32), format, None), params
+            )
 
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(first), zeros(second))
 
@@ -286,14 +289,13 @@ def norm_and_finite(grads: Any) -> tuple[Float32[Array, ""], Bool[Array, ""]]:
 
     def measure(leaf: Array) -> tuple[Array, Array]:
         wide = leaf.astype(jnp.float32)
-        # Its square may be infinite where an element is not, so the sum alone does not say; and a
-        # maximum keeps NaN.
-        return jnp.sum(jnp.square(wide)), jnp.max(jnp.abs(wide), initial=0)
+        # Its square may be infinite where an element is not, so the sum alone does not say.
+        # Nor would a maximum: that of floats loses what is not a number, on CPUs.
+        return jnp.sum(jnp.square(wide)), jnp.all(jnp.isfinite(leaf))
 
     measured = [
         lax.map(measure, leaf) if leaf.ndim >= 3 else measure(leaf)
         for leaf in jax.tree.leaves(grads)
     ]
     squares = sum(jnp.sum(squares) for squares, _ in measured)
-    finite = [jnp.all(jnp.isfinite(largest)) for _, largest in measured]
-    return jnp.sqrt(squares), jnp.all(jnp.array(finite))
+    return jnp.sqrt(squares), jnp.all(jnp.array([jnp.all(finite) for _, finite in measured]))

@@ -97,6 +97,21 @@ def test_a_skipped_step_changes_no_bit(format):
     assert (int(after[1].total_notfinite), int(after[1].notfinite_count)) == (1, 1)
 
 
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_mask_by_shape_is_of_whole_leaves(axes):
+    """Not of the slices that XLA's path takes a stack in."""
+    optimizer = AdamW(
+        0.1, weight_decay=0.5, mask=lambda params: jax.tree.map(lambda p: p.ndim > axes, params)
+    )
+    params = {"stack": jnp.ones((2, 3, 128)), "matrix": jnp.ones((4, 128)), "vector": jnp.ones(4)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for name in ("xla", "host"):
+        with jfp4.backend(name):
+            stored, *_ = optimizer.step(params, optimizer.init(params), grads, step=0)
+        shrunk = {key: bool(np.all(np.asarray(leaf) < 1)) for key, leaf in stored.items()}
+        assert shrunk == {key: leaf.ndim > axes for key, leaf in params.items()}
+
+
 def test_a_learning_rate_may_be_a_number():
     schedule, number = (
         AdamW(rate, first="float32", second="float32") for rate in (lambda count: 0.25, 0.25)
@@ -134,5 +149,6 @@ def test_everything_is_replaced_in_its_own_memory(format, first, second):
     memory = compiled.memory_analysis()
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes >= held - 4 * len(jax.tree.leaves(state))
-    # The gradient's norm reads it in float32, a slice or a matrix at a time.
-    assert memory.temp_size_in_bytes <= 4 * 128 * 512 + 2**16
+    # The gradient's norm reads it in float32, a slice or a matrix at a time, and a byte of each
+    # element says whether it is finite.
+    assert memory.temp_size_in_bytes <= (4 + 1) * 128 * 512 + 2**12

@@ -252,6 +252,22 @@ def test_the_first_call_replaces_and_the_rest_average(recipe):
                 np.testing.assert_array_equal(got, value)
 
 
+@pytest.mark.parametrize("recipe", [RECIPES["fp4"], MEAN], ids=["fp4", "mean"])
+def test_what_is_not_a_number_leaves_the_statistics_as_they_were(recipe):
+    layer, broken = make(Linear, recipe=recipe), np.array(X[0])
+    broken[..., 0] = np.nan
+    for before in (None, X[1]):
+        if before is not None:
+            layer(before)
+        old = [None if stat is None else np.asarray(stat) for stat in stats(layer)]
+        assert np.all(np.isnan(layer(broken)))
+        found = [np.asarray(stat) for stat in stats(layer) if stat is not None]
+        assert not any(np.any(np.isnan(stat)) for stat in found)
+        np.testing.assert_array_equal(stats(layer)[:2], old[:2])
+    layer.eval()
+    assert np.all(np.isfinite(layer(X[0])))
+
+
 def test_a_layer_that_saw_nothing_clamps_and_shifts_nothing():
     layer = make(Linear, recipe=MEAN)
     layer.eval()

@@ -253,6 +253,19 @@ def test_skipping_does_as_optax_does():
     assert [int(states[0].total_notfinite), int(states[0].notfinite_count)] == [3, 0]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(4096,), (64, 64), (2, 64, 64)], ids=str)
+def test_no_nan_of_a_large_leaf_is_missed(shape, dtype):
+    """Where CPUs take the maximum over vectors, that of floats loses what is not a number."""
+    size = int(np.prod(shape))
+    measure = jax.jit(optim.norm_and_finite)
+    for index in np.random.default_rng(0).integers(size, size=20):
+        grads = jnp.ones(size, dtype).at[index].set(jnp.nan).reshape(shape)
+        assert not bool(measure({"a": grads})[1])
+        codes = np.asarray(optim.to_blocks(grads.astype(jnp.float32), jnp.float16).exponents)
+        assert np.count_nonzero(codes == 255) == 1
+
+
 @pytest.mark.parametrize("leaf", ["a", "b"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_norm_and_what_is_finite(leaf, bad):

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32
 
 from jfp4.ops.outliers import thresholds
 from jfp4.ops.quantize import resolve_shift, to_float32
-from jfp4.recipe import Recipe
+from jfp4.recipe import Recipe, get_recipe
 
 
 @jax.tree_util.register_dataclass
@@ -29,13 +29,14 @@ class Calibration:
     mean: Float32[Array, "1 k"] | None = None
 
 
-def calibrate(x: Float[Array, "m k"], recipe: Recipe) -> Calibration:
+def calibrate(x: Float[Array, "m k"], recipe: str | Recipe) -> Calibration:
     """Takes from ``x`` what the recipe's activation quantiser needs; treated as constant.
 
     Args:
         x: activations, a token a row.
         recipe: decides which statistics are needed; the others are None.
     """
+    recipe = get_recipe(recipe)
     x = jax.lax.stop_gradient(x)
     lo = hi = mean = None
     if recipe.x_shift == "mean":

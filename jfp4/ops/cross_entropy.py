@@ -26,8 +26,8 @@ def cross_entropy(
     two orders differ by at most ``2 (t - 1)`` times float32's unit roundoff, relatively.
 
     Where it is differentiated, each chunk's gradient is made with its loss, so that no logits are
-    kept or made twice: what is kept are dx in ``x``'s dtype and dw, added up in float32 from
-    products in float32.
+    kept or made twice: what is kept are those of the sum of losses, dx in ``x``'s dtype and dw,
+    added up in float32 from products in float32.
 
     Args:
         x: the last hidden states, a token a row.
@@ -88,7 +88,9 @@ def _mean_and_gradient(
         total, dw = carry
         x, targets, counted = chunk
         losses, slope = _losses(jnp.matmul(x, narrow).astype(jnp.float32), targets)
-        dlogits = jnp.where(counted[:, None], slope / t, 0).astype(x.dtype)
+        # Of the sum, not the mean: a t-th of it would be too small for float16, before the scale of
+        # the loss is known.
+        dlogits = jnp.where(counted[:, None], slope, 0).astype(x.dtype)
         total = total + jnp.sum(jnp.where(counted, losses, 0))
         dw = dw + jnp.matmul(x.T, dlogits, preferred_element_type=jnp.float32)
         return (total, dw), jnp.matmul(dlogits, narrow.T)
@@ -100,6 +102,7 @@ def _mean_and_gradient(
 
 def _scaled(size: int, saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     dx, dw, w_like = saved
+    g = g / dx.shape[0]
     return (g * dx.astype(jnp.float32)).astype(dx.dtype), (g * dw).astype(w_like.dtype), None
 
 
@@ -110,7 +113,7 @@ def _losses(
     logits: Float32[Array, "*b v"], targets: Int[Array, "*b"]
 ) -> tuple[Float32[Array, "*b"], Float32[Array, "*b v"]]:
     """Each token's loss, and its derivative by the logits."""
-    v = logits.shape[-1]
+    v, targets = logits.shape[-1], targets.astype(jnp.int32)  # what is narrower may not hold v
     is_target = jnp.arange(v, dtype=targets.dtype) == targets[..., None]
     high = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - high), axis=-1, keepdims=True)) + high

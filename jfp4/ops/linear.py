@@ -62,7 +62,8 @@ def linear(
             of the result.
         w: weight, best in the dtype of its master copy: it is quantised from what is passed.
         recipe: a ``Recipe`` or a preset's name.
-        bias: added after the product, in float32.
+        bias: added after the product, in float32; in ``x``'s dtype by a recipe that quantises
+            nothing.
         calibration: clamp thresholds and mean to use in place of ``x``'s own (``calibrate``); with
             them each token's result is independent of the others.
         prepared: what ``prepare(w, recipe)`` gave, to use in place of quantising ``w`` here. The
@@ -78,7 +79,9 @@ def linear(
     """
     recipe = get_recipe(recipe)
     _check_shapes(x, w, bias)
-    if not recipe.quantizes:
+    if not recipe.quantizes and prepared is not None:
+        raise ValueError("prepared is a PreparedWeight; expected None, as recipe quantises nothing")
+    if not recipe.quantizes or x.size == 0:
         y = jnp.matmul(x, w.astype(x.dtype))
         return y if bias is None else y + bias.astype(y.dtype)
     tokens = x.reshape(-1, x.shape[-1])

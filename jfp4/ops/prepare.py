@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jfp4.formats import get_format
 from jfp4.ops.quantize import quantize, quantize_both
 from jfp4.qtensor import PackedQTensor, QTensor
-from jfp4.recipe import Recipe
+from jfp4.recipe import Recipe, get_recipe
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +33,7 @@ class PreparedWeight:
     dgrad: QTensor | PackedQTensor
 
 
-def prepare(w: Float[Array, "k n"], recipe: Recipe) -> PreparedWeight:
+def prepare(w: Float[Array, "k n"], recipe: str | Recipe) -> PreparedWeight:
     """Quantises a weight as the recipe says, for every product of a step that reads it.
 
     Returns:
@@ -43,6 +43,7 @@ def prepare(w: Float[Array, "k n"], recipe: Recipe) -> PreparedWeight:
         TypeError: ``w`` is not an array of floats.
         ValueError: the recipe quantises nothing.
     """
+    recipe = get_recipe(recipe)
     if recipe.w_format is None:
         raise ValueError("recipe.w_format=None; expected a format: there is nothing to prepare")
     both = quantize_weight_both(w, recipe)

@@ -265,8 +265,8 @@ def check_float(x: Float[Array, "..."], name: str = "x") -> None:
 
 
 def flush(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """Subnormals to zero, on every back end alike."""
-    return jnp.where(jnp.abs(x) < TINY, np.float32(0), x)
+    """Subnormals to zeros of the same sign, on every back end alike."""
+    return jnp.where(jnp.abs(x) < TINY, jnp.copysign(np.float32(0), x), x)
 
 
 def scale_of(

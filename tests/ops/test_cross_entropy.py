@@ -147,3 +147,28 @@ def test_errors_name_the_argument():
             cross_entropy(*arguments)
     with pytest.raises(ValueError, match="chunk=0; expected a positive"):
         cross_entropy(X, W, TARGETS, chunk=0)
+
+
+def test_the_scale_of_the_loss_reaches_gradients_in_float16():
+    """Divided by the tokens beforehand, most of them would be less than any number of float16."""
+    t, v, scale = 16384, 512, 2.0**16
+    rng = np.random.default_rng(1)
+    x, w = rng.normal(size=(t, D)), 0.1 * rng.normal(size=(D, v))
+    targets = rng.integers(0, v, t).astype(np.int32)
+
+    def scaled(dtype):
+        _, dx, dw = run(x.astype(dtype), w.astype(np.float32), targets, 4096, scale)
+        return [np.asarray(part, np.float64) / scale for part in (dx, dw)]
+
+    for found, exact in zip(scaled(np.float16), scaled(np.float32), strict=True):
+        # Operands, logits, their derivatives and dx are rounded to 11 bits each, at random.
+        assert np.linalg.norm(found - exact) < 4 * 2.0**-11 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("dtype", "v"), [("uint8", 256), ("int8", 300), ("uint16", 70000)])
+def test_targets_of_any_integers(dtype, v):
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, v)), jnp.float32)
+    targets = np.arange(1, 7)
+    assert float(cross_entropy_of_logits(logits, targets.astype(dtype))) == float(
+        cross_entropy_of_logits(logits, targets.astype(np.int32))
+    )

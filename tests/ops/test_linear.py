@@ -18,6 +18,7 @@ import pytest
 from jfp4.ops import reference as ref
 from jfp4.ops.calibration import Calibration, calibrate
 from jfp4.ops.linear import linear, save_codes
+from jfp4.ops.prepare import prepare
 from jfp4.recipe import RECIPES, Recipe
 
 M, K, N = 32, 48, 40
@@ -410,6 +411,17 @@ def test_presets_by_name():
     assert program() == program("fp4") != program("fp4_cast")
 
 
+@pytest.mark.parametrize("recipe", [*RECIPES])
+def test_without_tokens_or_inputs_there_is_nothing_to_quantise(recipe):
+    for x_shape, w_shape in (((0, K), (K, N)), ((2, 0, K), (K, N)), ((3, 0), (0, N))):
+        x, w, bias = jnp.ones(x_shape, jnp.bfloat16), jnp.ones(w_shape), jnp.ones(N)
+        y, vjp = jax.vjp(lambda x, w, b: linear(x, w, recipe, bias=b), x, w, bias)
+        assert (y.shape, y.dtype) == ((*x_shape[:-1], N), x.dtype)
+        assert np.all(np.asarray(y) == 1)
+        for a, like in zip(vjp(y), (x, w, bias), strict=True):
+            assert (a.shape, a.dtype) == (like.shape, like.dtype)
+
+
 # ------------------------------------------------------------------------------------ errors
 
 
@@ -426,6 +438,11 @@ def test_errors_name_the_argument(recipe):
         linear(X, W, recipe, bias=np.ones(K, np.float32))
     with pytest.raises(ValueError, match="recipe='fp5'"):
         linear(X, W, "fp5")
+
+
+def test_refuses_a_prepared_weight_that_nothing_reads():
+    with pytest.raises(ValueError, match="prepared is a PreparedWeight; expected None"):
+        linear(X, W, "bf16", prepared=prepare(W, "fp4"))
 
 
 def test_refuses_a_calibration_that_lacks_something():
