@@ -55,7 +55,9 @@ class Checkpoints:
             (run_dir / "checkpoints").absolute(),
             item_handlers=ocp.PyTreeCheckpointHandler(type_handler_registry=types),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep, enable_async_checkpointing=True
+                max_to_keep=config.keep,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # of a save that was cut off
             ),
         )
 

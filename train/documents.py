@@ -112,7 +112,8 @@ class Documents:
                     yield self._named[file], digest, text
                 elif self._divided:
                     end = int(len(text) * (1 - _VALID_SHARE))
-                    end = 1 + text.rfind("\n", 0, end) or end  # Between lines, if there are any.
+                    # Between lines, if there are any about there.
+                    end = 1 + text.rfind("\n", int(len(text) * (1 - 2 * _VALID_SHARE)), end) or end
                     yield "train", digest, text[:end]
                     yield "valid", digest, text[end:]
                 else:

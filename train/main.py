@@ -138,8 +138,10 @@ def _run(config: TrainConfig) -> int:
 
     def prepare_run_dir() -> str:
         every, saved = config.checkpoint.every, planned.saved
+        # One more than is kept, since the oldest goes when the newest is there; some may be there.
+        more = config.checkpoint.keep + 1 - rundir.checkpoints(run_dir) if every else 1
         try:
-            rundir.check_space(run_dir, (config.checkpoint.keep + 1) * saved if every else saved)
+            rundir.check_space(run_dir, max(more, 1) * saved)
         except UserError as error:
             if every:
                 raise

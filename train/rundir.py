@@ -74,9 +74,19 @@ def check_space(run_dir: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"the disk of {run_dir} has {free / 2**30:.2f} GiB free and checkpoints take "
-            f"{needed / 2**30:.2f}; make room, or choose another --run_dir"
+            f"the disk of {run_dir} has {_size(free)} free and checkpoints take {_size(needed)}; "
+            "make room, or choose another --run_dir"
         )
+
+
+def checkpoints(run_dir: Path) -> int:
+    """How many checkpoints the run directory holds."""
+    place = run_dir / "checkpoints"
+    return sum(entry.name.isdigit() for entry in place.iterdir()) if place.is_dir() else 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def read(run_dir: Path) -> dict[str, Any]:

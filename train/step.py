@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -192,6 +193,11 @@ class Trainer:
         carry, _ = jax.lax.scan(accumulate, (jnp.float32(0), state.stats, zeros), microbatches)
         return carry
 
+    def _microbatches(self, batch: Int32[Array, "b s1"]) -> Int32[Array, "n rows s1"]:
+        """As many as a step has, or as many as rows allow: what fits a step fits their forward."""
+        n = math.gcd(self.config.optimizer.accumulation, batch.shape[0] // self.placement.shards)
+        return constrain(batch.reshape(n, -1, batch.shape[1]), None, "batch")
+
     def _merge(self, params: Any, stats: Any) -> Llama:
         """The model of stored parameters, which it decodes a layer at a time."""
         model = nnx.merge(self.graph, params, stats, copy=True)
@@ -200,21 +206,25 @@ class Trainer:
 
     def evaluate(self, params: Any, stats: Any, batch: Int32[Array, "b s1"]) -> Float32[Array, ""]:
         """Mean loss of a batch, nats a token, by the recipe's forward and running calibration."""
-        model = self._merge(params, stats)
-        model.eval()
-        return mean_loss(model, batch)
+
+        def loss(rows: Array) -> Array:
+            model = self._merge(params, stats)
+            model.eval()
+            return mean_loss(model, rows)
+
+        return jnp.mean(jax.lax.map(loss, self._microbatches(batch)))
 
     def health(
         self, params: Any, stats: Any, batch: Int32[Array, "b s1"]
     ) -> dict[str, dict[str, Array]]:
-        """Quantisation health of every quantised layer on a batch.
+        """Quantisation health of every quantised layer on a batch's first microbatch.
 
         Returns:
             By layer path, then by measure (``jfp4.ops.health``), an array over stacked layers.
         """
         model = self._merge(params, stats)
         model.set_attributes(Linear, monitor=True)
-        mean_loss(model, batch)
+        mean_loss(model, self._microbatches(batch)[0])
         seen = nnx.state(model, nnx.Intermediate)
         return {
             ".".join(str(key) for key in path[:-1]): variable.get_value()[0]

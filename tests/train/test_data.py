@@ -238,6 +238,15 @@ class TestDocuments:
         assert train[0].endswith("\n")
         assert 0.04 < len(valid[0]) / len(text) < 0.06
 
+    def test_lone_document_without_lines_about_there_is_divided_anywhere(
+        self, tmp_path: Path
+    ) -> None:
+        text = "Title\n" + "x" * 10000
+        (tmp_path / "book.txt").write_text(text)
+        train, valid = split_of(tmp_path / "book.txt")
+        assert train[0] + valid[0] == text
+        assert 0.04 < len(valid[0]) / len(text) < 0.06
+
     def test_hidden_files_and_empty_documents_are_passed_over(self, tmp_path: Path) -> None:
         write_texts(tmp_path, [*TEXTS, ""])
         (tmp_path / ".cache").mkdir()

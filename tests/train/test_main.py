@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,9 +193,21 @@ def test_a_disk_too_small(runs, elsewhere, text, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: Disk)
     assert runs(*tiny(text)) == 2
     error, output = last_error(capsys)
-    assert output == "" and "the disk of run has 0.00 GiB free and checkpoints take" in error
+    assert output == "" and "the disk of run has 0.01 MiB free and checkpoints take" in error
     assert "make room, or choose another --run_dir" in error
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_disk_that_held_the_run_holds_it_when_resumed(runs, unbroken, tmp_path, monkeypatch):
+    """What is free need not have room for the checkpoints that are there already."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "12")
+    needed = []
+    monkeypatch.setattr("train.rundir.check_space", lambda place, size: needed.append(size))
+    assert runs.tiny(tmp_path / "new") == runs.resume(run_dir) == 0
+    # Two are kept, and a third is written meanwhile.
+    assert needed[0] == 3 * (needed[0] - needed[1])
 
 
 def test_a_disk_too_small_for_an_interrupt_is_said(runs, elsewhere, text, capsys, monkeypatch):

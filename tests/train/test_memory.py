@@ -6,6 +6,7 @@ In float32, since CPUs widen what is narrower and would have two copies of it.
 import functools
 import re
 
+import jax
 import pytest
 
 from jfp4.models.config import LlamaConfig
@@ -99,6 +100,19 @@ def test_a_second_microbatch_takes_a_second_gradient():
     found = more.temp_size_in_bytes - memory.temp_size_in_bytes
     assert found == pytest.approx(plan.gradients, rel=0.1)
     assert kept_bytes(configured(accumulation=2)) == kept_bytes(configured())
+
+
+@pytest.mark.parametrize("measured", ["evaluate", "health"])
+def test_what_is_measured_takes_a_microbatch_at_a_time(measured):
+    """A batch that fits by its microbatches would not fit all at once."""
+
+    def temporary(accumulation):
+        trainer = Trainer(configured("none", accumulation))
+        state, batch = trainer.abstract_state(), trainer.batch_shape()
+        compiled = jax.jit(getattr(trainer, measured)).lower(state.params, state.stats, batch)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4) < 1.5 * temporary(1)
 
 
 def test_the_plan_adds_up_to_the_compilers_peak():

@@ -94,6 +94,13 @@ def test_a_damaged_config(tmp_path, text):
 
 def test_space(tmp_path):
     rundir.check_space(tmp_path / "none" / "such", 1)
-    with pytest.raises(UserError, match=r"GiB free and checkpoints take 1048576.00; make room, or"):
+    with pytest.raises(UserError, match=r"iB free and checkpoints take 1048576.00 GiB; make"):
         rundir.check_space(tmp_path / "none" / "such", 2**50)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_that_are_there_are_counted(tmp_path):
+    assert rundir.checkpoints(tmp_path) == 0
+    for name in ("4", "8", "12.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert rundir.checkpoints(tmp_path) == 2

@@ -245,6 +245,19 @@ def test_evaluation_uses_the_running_calibration(trainer, trained):
         np.testing.assert_array_equal(x, y)
 
 
+def test_evaluation_by_microbatches_is_that_of_the_batch(trained, tiny_config):
+    rows = tokens(12, rows=6)
+    whole, parts = (
+        Trainer(tiny_config(batch_size=n, optimizer=OptimizerConfig(accumulation=n)))
+        for n in (1, 4)
+    )
+    for count in (6, 4, 3):  # in two, four and one
+        found, expected = (
+            float(t.evaluate(trained.params, trained.stats, rows[:count])) for t in (parts, whole)
+        )
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_health_is_that_of_each_layer_on_its_own_input(trained, tiny_config, monkeypatch):
     def with_operands(x, w, recipe, calibration):
         return health(x, w, recipe, calibration) | {"x": x.astype(jnp.float32), "w": w}
