@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ def joined(config: TrainConfig) -> Iterator[None]:
             address,
             config.num_processes,
             config.process_id,
+            local_device_ids=_local_device_ids(),
             initialization_timeout=MEETING,
             heartbeat_timeout_seconds=SILENCE,
             shutdown_timeout_seconds=SILENCE,
@@ -70,6 +72,21 @@ def joined(config: TrainConfig) -> Iterator[None]:
         os._exit(1)
     else:
         jax.distributed.shutdown()
+
+
+def _local_device_ids() -> list[int] | None:
+    """Which devices of its host this process takes: all of them where this is empty.
+
+    None leaves it to JAX, which takes all too, but under SLURM one for each process. That is right
+    only where SLURM runs several on a host. JAX_LOCAL_DEVICE_IDS is read by JAX.
+    """
+    environment = os.environ
+    if "JAX_LOCAL_DEVICE_IDS" in environment or "SLURM_LOCALID" not in environment:
+        return None
+    # Of this step, such as "8(x2),4"; or what was asked for.
+    asked = environment.get("SLURM_NTASKS_PER_NODE", "1")
+    tasks = re.sub(r"\(x\d+\)", "", environment.get("SLURM_STEP_TASKS_PER_NODE", asked))
+    return [] if set(tasks.split(",")) == {"1"} else None
 
 
 def is_first() -> bool:

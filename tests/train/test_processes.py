@@ -1,6 +1,7 @@
 """Several processes of one run: killed, interrupted, late, and come back as fewer or more."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -47,6 +48,29 @@ if part:
 from train.main import main
 sys.exit(main(sys.argv[2:]))
 """
+
+# Joins as SLURM's only process, in every environment that is given, and prints the devices it sees.
+JOINED = """
+import json, os, sys
+import jax
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES  # public nowhere
+from train import processes
+from train.config import parse
+before = dict(os.environ)
+for environment in map(json.loads, sys.argv[1:]):
+    os.environ.clear()
+    os.environ.update(before | environment)
+    with processes.joined(parse(["--coordinator=auto"])):
+        print(CUDA_VISIBLE_DEVICES.value)
+    jax.config.update("jax_cuda_visible_devices", "all")
+"""
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 
 
 class Group:
@@ -189,3 +213,26 @@ def test_a_mistake_of_one_is_told_by_all(group, tmp_path):
     for said in outputs:
         assert "error: process 1: data none does not exist" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_has_all_devices_unless_slurm_runs_several_on_its_host():
+    cases = [
+        ({}, "all"),
+        ({"SLURM_NTASKS_PER_NODE": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, "all"),
+        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1"}, "all"),
+        ({"JAX_LOCAL_DEVICE_IDS": "2,3"}, "2,3"),
+        ({"SLURM_NTASKS_PER_NODE": "8"}, "0"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),1"}, "0"),
+    ]
+    address = _meeting(1)[0][0].partition("=")[2]
+    place = SLURM | {"JAX_COORDINATOR_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", JOINED, *(json.dumps(environment) for environment, _ in cases)],
+        cwd=ROOT,
+        env=clean | place,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [devices for _, devices in cases]
