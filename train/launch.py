@@ -45,8 +45,12 @@ def launch(flags: Sequence[str], processes: int | None, restarts: int) -> int:
     started again then.
 
     Raises:
-        UserError: no --run_dir, or a coordinator besides ``processes``.
+        UserError: no --run_dir, a coordinator besides ``processes``, or numbers that start nothing.
     """
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes={processes}; expected >= 1")
+    if restarts < 0:
+        raise UserError(f"--restarts={restarts}; expected >= 0")
     run_dir = value_of("run_dir", list(flags), None)
     if run_dir is None:
         raise UserError("--run_dir=None; expected a directory, the same at every start")

@@ -162,6 +162,14 @@ def test_it_wants_a_run_dir_and_one_way_to_meet(capsys):
     assert "--processes=2 with --coordinator; expected one of them" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "expected"), [("--processes=0", ">= 1"), ("--restarts=-1", ">= 0")]
+)
+def test_numbers_that_start_nothing(capsys, flag, expected):
+    assert launch.main(["--run_dir=r", flag]) == 2
+    assert capsys.readouterr().err == f"error: {flag}; expected {expected}\n"
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with launch._Terminated():
