@@ -217,7 +217,8 @@ class TrainConfig:
     """Go on from the last checkpoint in run_dir."""
 
     profile: int = 0
-    """Steps to trace into run_dir/profile, for TensorBoard or Perfetto, once the first are done."""
+    """Steps to trace into run_dir/profile, for TensorBoard or Perfetto, once the first are done; of
+    several processes the first one's."""
 
     deterministic: bool = False
     """Only sums in one order: on a GPU too, equal steps are then equal bit for bit, and a run that
@@ -304,7 +305,7 @@ def _kept_config(args: list[str]) -> TrainConfig:
         kept = from_dict(json.loads((Path(run_dir) / "config.json").read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir}/config.json is damaged ({error}); choose another") from None
-    kept = dataclasses.replace(kept, resume=False, plan=False, config=None)
+    kept = dataclasses.replace(kept, resume=False, plan=False, profile=0, config=None)
     return dataclasses.replace(kept, coordinator=None, num_processes=None, process_id=None)
 
 

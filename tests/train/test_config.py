@@ -173,6 +173,12 @@ def test_resume_takes_the_flags_of_the_run(tmp_path):
     assert other.llama == MODELS["llama5m"] and other.steps == 7
 
 
+def test_resume_does_not_trace_again(tmp_path):
+    run_dir = written(tmp_path / "run", "--profile=3")
+    assert parse([f"--run_dir={run_dir}", "--resume"]).profile == 0
+    assert parse([f"--run_dir={run_dir}", "--resume", "--profile=2"]).profile == 2
+
+
 def test_without_resume_the_run_is_not_looked_at(tmp_path):
     run_dir = written(tmp_path / "run", "--steps=7")
     assert parse([f"--run_dir={run_dir}"]).steps == TrainConfig().steps

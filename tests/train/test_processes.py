@@ -202,6 +202,15 @@ def test_sigterm_to_one_of_four_saves_on_all_and_one_goes_on_elsewhere(group, tw
 
 
 @pytest.mark.slow
+def test_a_profile_is_the_first_process_s(group, tmp_path):
+    run_dir = tmp_path / "run"
+    said = group.run(2, run_dir, "--profile=2")
+    assert f"traced 2 steps into {run_dir}/profile" in said
+    assert len([*run_dir.rglob("*.xplane.pb")]) == 1
+    assert len([*run_dir.rglob("perfetto_trace.json.gz")]) == 1
+
+
+@pytest.mark.slow
 def test_a_mistake_of_one_is_told_by_all(group, tmp_path):
     first, second = _meeting(2)
     flags = (f"--run_dir={tmp_path}/run",)
