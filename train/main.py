@@ -1,6 +1,7 @@
 """``python -m train.main``: trains a Llama."""
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from jfp4.ops import ffi
 from train.config import PROGRAM, TrainConfig, default_run_dir, parse, report_error
-from train.errors import UserError
+from train.errors import UnsharedError, UserError
 
 COMPILATION_CACHE = Path("~/.cache/jfp4/xla").expanduser()
 """Where what accelerators run is kept compiled; JAX_COMPILATION_CACHE_DIR chooses another place."""
@@ -163,8 +164,10 @@ def _run(config: TrainConfig) -> int:
         with placed.in_force():
             outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
     except OSError as error:
-        raise UserError(
-            f"cannot write to {run_dir}: {error.strerror or error}; make room and add --resume"
+        missing = error.errno == errno.ENOENT
+        remedy = "keep it, where every process sees it," if missing else "make room"
+        raise UnsharedError(
+            f"cannot write to {run_dir}: {error.strerror or error}; {remedy} and add --resume"
         ) from error
     if not processes.is_first():
         return 0

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from train.config import TrainConfig
-from train.errors import UserError
+from train.config import TrainConfig, report_error
+from train.errors import UnsharedError, UserError
 
 MEETING = 600
 """Seconds for which a process waits for those that come up late."""
@@ -30,10 +30,12 @@ def joined(config: TrainConfig) -> Iterator[None]:
 
     An exception ends this process at once: to part in order would be to wait for the others, who
     may be dead or wait for this one. They stop too: the collective that they are in fails, or the
-    coordinator misses this process's heartbeats for ``SILENCE`` seconds.
+    coordinator misses this process's heartbeats for ``SILENCE`` seconds. A mistake that all of them
+    met is told, and they part in order.
 
     Raises:
         UserError: the others were not there within ``MEETING`` seconds.
+        SystemExit: after a mistake that was told.
     """
     if config.coordinator is None:
         yield
@@ -56,10 +58,13 @@ def joined(config: TrainConfig) -> Iterator[None]:
         raise UserError(f"coordinator={config.coordinator} could not be joined: {error}") from None
     try:
         yield
-    except UserError:  # of all of them: see ``agreed``
+    except UserError as error:
+        status = report_error(error)  # first of all: where others are missing, parting may abort
+        if isinstance(error, UnsharedError):
+            os._exit(status)
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
-        raise
+        raise SystemExit(status) from None
     except BaseException as error:
         traceback.print_exc()
         print(

@@ -72,6 +72,20 @@ SLURM = {
     "SLURM_LOCALID": "0",
 }
 
+# Its disk is full when it writes the line of step 6, of which the other processes know nothing.
+FULL = """
+import errno, os, sys
+from train.main import main
+from train.metrics import RunLog
+write = RunLog.step
+def step(self, line):
+    if line["step"] == 6:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(self, line)
+RunLog.step = step
+sys.exit(main(sys.argv[2:]))
+"""
+
 
 class Group:
     """Starts processes that share four devices, and sees to their end."""
@@ -93,13 +107,13 @@ class Group:
             for number, own in enumerate(meeting)
         ]
 
-    def _start(self, *flags, devices, killed_at):
+    def _start(self, *flags, devices, killed_at, program=KILLED):
         environment = self.compiled | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(ROOT),
         }
         part = f"checkpoints/{killed_at}" if killed_at else ""
-        command = [sys.executable, "-c", KILLED, part, *FLAGS, f"--data={self.text}", *flags]
+        command = [sys.executable, "-c", program, part, *FLAGS, f"--data={self.text}", *flags]
         return subprocess.Popen(
             command,
             cwd=ROOT,
@@ -222,6 +236,21 @@ def test_a_mistake_of_one_is_told_by_all(group, tmp_path):
     for said in outputs:
         assert "error: process 1: data none does not exist" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_one_alone_cannot_write_is_told_at_once(group, tmp_path):
+    first, second = _meeting(2)
+    flags = (f"--run_dir={tmp_path}/run",)
+    one = group._start(*flags, *first, devices=2, killed_at=None, program=FULL)
+    other = group._start(*flags, *second, devices=2, killed_at=None)
+    with ended([one, other]):
+        said, _ = one.communicate(timeout=120)
+        other.communicate(timeout=60)
+    assert one.returncode == 2 and other.returncode not in (0, 2)
+    # Nothing follows it, such as how the runtime aborts.
+    message = f"cannot write to {tmp_path}/run: No space left on device; make room and add --resume"
+    assert said.splitlines()[-1] == f"error: {message}"
 
 
 def test_a_process_has_all_devices_unless_slurm_runs_several_on_its_host():
