@@ -1,6 +1,7 @@
 """``python -m train.main``: trains a Llama."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import sys
@@ -40,8 +41,11 @@ def run(config: TrainConfig) -> int:
     """
     claim_memory(SHARE_ALONE if config.mesh is None else SHARE_OF_MESH)
     # Imported late, so that a mistyped flag is answered at once.
-    from train import processes
+    from train import processes, rehearsal
 
+    if config.plan and rehearsal.devices_of(config) is not None:
+        # A rehearsal needs no other process, nor the cluster that the run is for.
+        config = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
     backend = contextlib.nullcontext() if config.backend is None else ffi.backend(config.backend)
     with processes.joined(config), backend:
         return _run(config)

@@ -55,7 +55,11 @@ def joined(config: TrainConfig) -> Iterator[None]:
             shutdown_timeout_seconds=SILENCE,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"coordinator={config.coordinator} could not be joined: {error}") from None
+        elsewhere = "; to plan for it elsewhere, give every size of --mesh" if config.plan else ""
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"coordinator={config.coordinator} could not be joined: {reason}{elsewhere}"
+        ) from None
     try:
         yield
     except UserError as error:
