@@ -184,7 +184,7 @@ class TrainConfig:
     """Seed of the initial weights and of the data order."""
 
     config: str | None = None
-    """A TOML file of flags, such as configs/gpu8.toml; flags given beside it override it."""
+    """A TOML file of flags, such as configs/gpu8-fsdp.toml; flags given beside it override it."""
 
     mesh: str | None = None
     """Devices along data, fsdp and tensor, such as data=2,fsdp=-1 (-1: the rest); None: one."""

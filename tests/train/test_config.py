@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -195,3 +196,10 @@ def test_default_run_dir():
     assert str(default_run_dir(parse(["--recipe=fp8"]), "20250102-030405")) == (
         "runs/llama5m-fp8-20250102-030405"
     )
+
+
+def test_files_that_help_names_are_there(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    named = re.findall(r"configs/\S+\.toml", capsys.readouterr().out)
+    assert named and all((Path(__file__).parents[2] / name).is_file() for name in named)
