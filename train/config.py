@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import json
+import shutil
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -456,6 +457,16 @@ def report_error(error: UserError) -> int:
     """Prints the one line of a mistake on stderr; returns the exit status, 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def program() -> str:
+    """The command that starts this program; by the path of Python where ``python`` is another.
+
+    So it is in a virtual environment that was not activated.
+    """
+    found = shutil.which("python")
+    own = found is not None and Path(found).parent == Path(sys.executable).parent
+    return PROGRAM if own else PROGRAM.replace("python", sys.executable, 1)
 
 
 def default_run_dir(config: TrainConfig, stamp: str) -> Path:

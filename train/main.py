@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jfp4.ops import ffi
-from train.config import PROGRAM, TrainConfig, default_run_dir, parse, report_error
+from train.config import TrainConfig, default_run_dir, parse, program, report_error
 from train.errors import UnsharedError, UserError
 
 COMPILATION_CACHE = Path("~/.cache/jfp4/xla").expanduser()
@@ -176,7 +176,7 @@ def _run(config: TrainConfig) -> int:
     if not processes.is_first():
         return 0
     if outcome.interrupted:
-        print(f"saved step {outcome.step}; go on with {PROGRAM} --run_dir={run_dir} --resume")
+        print(f"saved step {outcome.step}; go on with {program()} --run_dir={run_dir} --resume")
     elif outcome.valid_loss is None:
         print(f"done already, at step {outcome.step}; see {run_dir}/loss.png")
     else:

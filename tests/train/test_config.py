@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from train.config import (
     differences,
     from_dict,
     parse,
+    program,
     report_error,
     to_dict,
 )
@@ -196,6 +198,20 @@ def test_default_run_dir():
     assert str(default_run_dir(parse(["--recipe=fp8"]), "20250102-030405")) == (
         "runs/llama5m-fp8-20250102-030405"
     )
+
+
+def test_the_program_is_named_by_a_python_that_has_it(tmp_path, monkeypatch):
+    bins = [tmp_path / name / "bin" for name in ("active", "other")]
+    for folder in bins:
+        folder.mkdir(parents=True)
+        (folder / "python").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(bins[0]))
+    monkeypatch.setattr(sys, "executable", str(bins[0] / "python3"))
+    assert program() == "python -m train.main"
+    monkeypatch.setattr(sys, "executable", str(bins[1] / "python3"))
+    assert program() == f"{bins[1]}/python3 -m train.main"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == f"{bins[1]}/python3 -m train.main"
 
 
 def test_files_that_help_names_are_there(capsys):
