@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import json
+import shutil
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -184,7 +185,7 @@ class TrainConfig:
     """Seed of the initial weights and of the data order."""
 
     config: str | None = None
-    """A TOML file of flags, such as configs/gpu8.toml; flags given beside it override it."""
+    """A TOML file of flags, such as configs/gpu8-fsdp.toml; flags given beside it override it."""
 
     mesh: str | None = None
     """Devices along data, fsdp and tensor, such as data=2,fsdp=-1 (-1: the rest); None: one."""
@@ -217,7 +218,8 @@ class TrainConfig:
     """Go on from the last checkpoint in run_dir."""
 
     profile: int = 0
-    """Steps to trace into run_dir/profile, for TensorBoard or Perfetto, once the first are done."""
+    """Steps to trace into run_dir/profile, for TensorBoard or Perfetto, once the first are done; of
+    several processes the first one's."""
 
     deterministic: bool = False
     """Only sums in one order: on a GPU too, equal steps are then equal bit for bit, and a run that
@@ -304,7 +306,7 @@ def _kept_config(args: list[str]) -> TrainConfig:
         kept = from_dict(json.loads((Path(run_dir) / "config.json").read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir}/config.json is damaged ({error}); choose another") from None
-    kept = dataclasses.replace(kept, resume=False, plan=False, config=None)
+    kept = dataclasses.replace(kept, resume=False, plan=False, profile=0, config=None)
     return dataclasses.replace(kept, coordinator=None, num_processes=None, process_id=None)
 
 
@@ -455,6 +457,16 @@ def report_error(error: UserError) -> int:
     """Prints the one line of a mistake on stderr; returns the exit status, 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def program() -> str:
+    """The command that starts this program; by the path of Python where ``python`` is another.
+
+    So it is in a virtual environment that was not activated.
+    """
+    found = shutil.which("python")
+    own = found is not None and Path(found).parent == Path(sys.executable).parent
+    return PROGRAM if own else PROGRAM.replace("python", sys.executable, 1)
 
 
 def default_run_dir(config: TrainConfig, stamp: str) -> Path:

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The exceptions that stand for a mistake of the user's."""
 
 
 class UserError(Exception):
@@ -8,3 +8,7 @@ class UserError(Exception):
     on stderr behind "error: " and exits with status 2; any other exception is a defect and keeps
     its traceback.
     """
+
+
+class UnsharedError(UserError):
+    """One that this process alone may have met: of several, the others know nothing of it."""

@@ -6,7 +6,6 @@ which meet at the coordinator, and go on from the last checkpoint that is comple
 """
 
 import argparse
-import os
 import signal
 import socket
 import subprocess
@@ -42,35 +41,50 @@ def main(args: Sequence[str] | None = None) -> int:
 def launch(flags: Sequence[str], processes: int | None, restarts: int) -> int:
     """Runs ``train.main`` with ``flags`` until it ends by itself; returns its exit status.
 
-    SIGTERM is handed on, so that the run saves and ends; it is not started again then.
+    SIGTERM, SIGINT and SIGHUP are handed on as SIGTERM, so that the run saves and ends; it is not
+    started again then.
 
     Raises:
-        UserError: no --run_dir, or a coordinator besides ``processes``.
+        UserError: no --run_dir, a coordinator besides ``processes``, or numbers that start nothing.
     """
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes={processes}; expected >= 1")
+    if restarts < 0:
+        raise UserError(f"--restarts={restarts}; expected >= 0")
     run_dir = value_of("run_dir", list(flags), None)
     if run_dir is None:
         raise UserError("--run_dir=None; expected a directory, the same at every start")
     if processes is not None and value_of("coordinator", list(flags), None) is not None:
         raise UserError(f"--processes={processes} with --coordinator; expected one of them")
+    status = INTERRUPTED
     with _Terminated() as terminated:
         for attempt in range(restarts + 1):
+            if attempt:
+                _say(f"starting again, {attempt} of at most {restarts} times")
+            if terminated.received:
+                return status
             began = Path(run_dir, "config.json").is_file()
             resume = ["--resume"] if began and "--resume" not in flags else []
             status = _attempt([*flags, *resume], processes, terminated)
             if status in (0, USER_ERROR, INTERRUPTED) or terminated.received:
                 return status
-            if attempt < restarts:
-                _say(f"starting again, {attempt + 1} of at most {restarts} times")
     return status
 
 
 def _attempt(flags: Sequence[str], processes: int | None, terminated: "_Terminated") -> int:
     command = [sys.executable, "-m", "train.main", *flags]
     meeting = [[]] if processes is None else _meeting(processes)
-    running = [subprocess.Popen([*command, *own]) for own in meeting]
-    terminated.running = running
+    # In groups of their own: a terminal's Ctrl-C would reach them beside what is handed on, and a
+    # second signal ends a run at once.
+    running = [subprocess.Popen([*command, *own], process_group=0) for own in meeting]
+    handed_on = 0
     try:
         while True:
+            # Here and not where signals arrive, which may be before the processes are known.
+            if handed_on < terminated.received:
+                handed_on += 1
+                for process in running:
+                    process.terminate()
             statuses = [process.poll() for process in running]
             failed = [i for i, status in enumerate(statuses) if status]
             if failed:
@@ -100,26 +114,27 @@ def _meeting(processes: int) -> list[list[str]]:
 
 
 class _Terminated:
-    """Hands SIGTERM and SIGINT on to what is ``running``, and remembers that one came."""
+    """Counts the signals that ask this process to end, which they do not do by themselves."""
 
     def __init__(self) -> None:
-        self.received = False
-        self.running: list[subprocess.Popen[bytes]] = []
+        self.received = 0
 
     def __enter__(self) -> "_Terminated":
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._previous = {number: signal.signal(number, self._hand_on) for number in numbers}
+        # What is ignored, as nohup has it, stays so.
+        numbers = [
+            number
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN
+        ]
+        self._previous = {number: signal.signal(number, self._count) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _hand_on(self, number: int, frame: Any) -> None:
-        self.received = True
-        for process in self.running:
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGTERM)
+    def _count(self, number: int, frame: Any) -> None:
+        self.received += 1
 
 
 def _how(status: int) -> str:

@@ -94,7 +94,8 @@ class _Run:
         self.placement = trainer.placement
         self.eval_fn = jax.jit(trainer.evaluate, out_shardings=self.placement.replicated)
         self.health_fn = jax.jit(trainer.health, out_shardings=self.placement.replicated)
-        self.profile = Profile(run_dir / "profile", config.profile)
+        # What several write into one folder opens in no viewer.
+        self.profile = Profile(run_dir / "profile", config.profile if processes.is_first() else 0)
         self.valid_loss: float | None = None
 
     def go(self, state: TrainState, step_fn: Compiled) -> Outcome:

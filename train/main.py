@@ -1,6 +1,8 @@
 """``python -m train.main``: trains a Llama."""
 
 import contextlib
+import dataclasses
+import errno
 import os
 import sys
 import time
@@ -8,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jfp4.ops import ffi
-from train.config import PROGRAM, TrainConfig, default_run_dir, parse, report_error
-from train.errors import UserError
+from train.config import TrainConfig, default_run_dir, parse, program, report_error
+from train.errors import UnsharedError, UserError
 
 COMPILATION_CACHE = Path("~/.cache/jfp4/xla").expanduser()
 """Where what accelerators run is kept compiled; JAX_COMPILATION_CACHE_DIR chooses another place."""
@@ -39,8 +41,11 @@ def run(config: TrainConfig) -> int:
     """
     claim_memory(SHARE_ALONE if config.mesh is None else SHARE_OF_MESH)
     # Imported late, so that a mistyped flag is answered at once.
-    from train import processes
+    from train import processes, rehearsal
 
+    if config.plan and rehearsal.devices_of(config) is not None:
+        # A rehearsal needs no other process, nor the cluster that the run is for.
+        config = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
     backend = contextlib.nullcontext() if config.backend is None else ffi.backend(config.backend)
     with processes.joined(config), backend:
         return _run(config)
@@ -165,13 +170,15 @@ def _run(config: TrainConfig) -> int:
         with placed.in_force():
             outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
     except OSError as error:
-        raise UserError(
-            f"cannot write to {run_dir}: {error.strerror or error}; make room and add --resume"
+        missing = error.errno == errno.ENOENT
+        remedy = "keep it, where every process sees it," if missing else "make room"
+        raise UnsharedError(
+            f"cannot write to {run_dir}: {error.strerror or error}; {remedy} and add --resume"
         ) from error
     if not processes.is_first():
         return 0
     if outcome.interrupted:
-        print(f"saved step {outcome.step}; go on with {PROGRAM} --run_dir={run_dir} --resume")
+        print(f"saved step {outcome.step}; go on with {program()} --run_dir={run_dir} --resume")
     elif outcome.valid_loss is None:
         print(f"done already, at step {outcome.step}; see {run_dir}/loss.png")
     else:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,8 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from train.config import TrainConfig
-from train.errors import UserError
+from train.config import TrainConfig, report_error
+from train.errors import UnsharedError, UserError
 
 MEETING = 600
 """Seconds for which a process waits for those that come up late."""
@@ -29,10 +30,12 @@ def joined(config: TrainConfig) -> Iterator[None]:
 
     An exception ends this process at once: to part in order would be to wait for the others, who
     may be dead or wait for this one. They stop too: the collective that they are in fails, or the
-    coordinator misses this process's heartbeats for ``SILENCE`` seconds.
+    coordinator misses this process's heartbeats for ``SILENCE`` seconds. A mistake that all of them
+    met is told, and they part in order.
 
     Raises:
         UserError: the others were not there within ``MEETING`` seconds.
+        SystemExit: after a mistake that was told.
     """
     if config.coordinator is None:
         yield
@@ -46,18 +49,26 @@ def joined(config: TrainConfig) -> Iterator[None]:
             address,
             config.num_processes,
             config.process_id,
+            local_device_ids=_local_device_ids(),
             initialization_timeout=MEETING,
             heartbeat_timeout_seconds=SILENCE,
             shutdown_timeout_seconds=SILENCE,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"coordinator={config.coordinator} could not be joined: {error}") from None
+        elsewhere = "; to plan for it elsewhere, give every size of --mesh" if config.plan else ""
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"coordinator={config.coordinator} could not be joined: {reason}{elsewhere}"
+        ) from None
     try:
         yield
-    except UserError:  # of all of them: see ``agreed``
+    except UserError as error:
+        status = report_error(error)  # first of all: where others are missing, parting may abort
+        if isinstance(error, UnsharedError):
+            os._exit(status)
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
-        raise
+        raise SystemExit(status) from None
     except BaseException as error:
         traceback.print_exc()
         print(
@@ -70,6 +81,21 @@ def joined(config: TrainConfig) -> Iterator[None]:
         os._exit(1)
     else:
         jax.distributed.shutdown()
+
+
+def _local_device_ids() -> list[int] | None:
+    """Which devices of its host this process takes: all of them where this is empty.
+
+    None leaves it to JAX, which takes all too, but under SLURM one for each process. That is right
+    only where SLURM runs several on a host. JAX_LOCAL_DEVICE_IDS is read by JAX.
+    """
+    environment = os.environ
+    if "JAX_LOCAL_DEVICE_IDS" in environment or "SLURM_LOCALID" not in environment:
+        return None
+    # Of this step, such as "8(x2),4"; or what was asked for.
+    asked = environment.get("SLURM_NTASKS_PER_NODE", "1")
+    tasks = re.sub(r"\(x\d+\)", "", environment.get("SLURM_STEP_TASKS_PER_NODE", asked))
+    return [] if set(tasks.split(",")) == {"1"} else None
 
 
 def is_first() -> bool:

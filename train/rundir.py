@@ -16,8 +16,8 @@ CONFIG = "config.json"
 PACKAGES = ("jfp4", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 FREE = ("resume", "plan", "backend", "run_dir", "data", "tokenizer", "eval_every", "eval_batches",
-        "log", "checkpoint", "config", "mesh", "coordinator", "num_processes",
-        "process_id")  # fmt: skip
+        "log", "checkpoint", "config", "mesh", "coordinator", "num_processes", "process_id",
+        "profile")  # fmt: skip
 """Fields that may change when a run goes on: they change no parameter (data goes by content)."""
 
 

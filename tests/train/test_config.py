@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from train.config import (
     differences,
     from_dict,
     parse,
+    program,
     report_error,
     to_dict,
 )
@@ -173,6 +176,12 @@ def test_resume_takes_the_flags_of_the_run(tmp_path):
     assert other.llama == MODELS["llama5m"] and other.steps == 7
 
 
+def test_resume_does_not_trace_again(tmp_path):
+    run_dir = written(tmp_path / "run", "--profile=3")
+    assert parse([f"--run_dir={run_dir}", "--resume"]).profile == 0
+    assert parse([f"--run_dir={run_dir}", "--resume", "--profile=2"]).profile == 2
+
+
 def test_without_resume_the_run_is_not_looked_at(tmp_path):
     run_dir = written(tmp_path / "run", "--steps=7")
     assert parse([f"--run_dir={run_dir}"]).steps == TrainConfig().steps
@@ -189,3 +198,24 @@ def test_default_run_dir():
     assert str(default_run_dir(parse(["--recipe=fp8"]), "20250102-030405")) == (
         "runs/llama5m-fp8-20250102-030405"
     )
+
+
+def test_the_program_is_named_by_a_python_that_has_it(tmp_path, monkeypatch):
+    bins = [tmp_path / name / "bin" for name in ("active", "other")]
+    for folder in bins:
+        folder.mkdir(parents=True)
+        (folder / "python").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(bins[0]))
+    monkeypatch.setattr(sys, "executable", str(bins[0] / "python3"))
+    assert program() == "python -m train.main"
+    monkeypatch.setattr(sys, "executable", str(bins[1] / "python3"))
+    assert program() == f"{bins[1]}/python3 -m train.main"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == f"{bins[1]}/python3 -m train.main"
+
+
+def test_files_that_help_names_are_there(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    named = re.findall(r"configs/\S+\.toml", capsys.readouterr().out)
+    assert named and all((Path(__file__).parents[2] / name).is_file() for name in named)

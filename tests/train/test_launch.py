@@ -1,8 +1,12 @@
 """The launcher: what it starts, again or not, and what it says; of programs that only end."""
 
+import functools
 import json
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,18 +30,49 @@ if status == 99:
 sys.exit(status)
 """
 
+# Launches a program in the place of train.main.
+LAUNCHED = """
+import subprocess, sys
+from train import launch
+program, *flags = sys.argv[1:]
+class Popen(subprocess.Popen):
+    def __init__(self, command, **options):
+        super().__init__([sys.executable, program, *command[3:]], **options)
+launch.subprocess.Popen = Popen
+sys.exit(launch.main(flags))
+"""
+
+# Writes down the signals that arrive in the second after the first, and ends.
+LISTENING = """
+import signal, sys, time
+received = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: received.append(signal.Signals(number).name))
+print("listening", flush=True)
+while not received:
+    time.sleep(0.05)
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    time.sleep(0.05)
+print(*received, flush=True)
+"""
+
 
 @pytest.fixture
 def launched(tmp_path, monkeypatch, capfd):
     """Launches a program that ends so; gives the status, each start's flags, and what was said."""
     (tmp_path / "program.py").write_text(PROGRAM)
+    started = None
 
     class Popen(launch.subprocess.Popen):
-        def __init__(self, command):
+        def __init__(self, command, **options):
             assert command[:3] == [sys.executable, "-m", "train.main"]
-            super().__init__([sys.executable, tmp_path / "program.py", *command[3:]])
+            super().__init__([sys.executable, tmp_path / "program.py", *command[3:]], **options)
+            started()
 
-    def run(statuses, *flags):
+    def run(statuses, *flags, as_it_starts=lambda: None):
+        nonlocal started
+        started = as_it_starts
         (tmp_path / "statuses").write_text(json.dumps(statuses))
         monkeypatch.setattr(launch.subprocess, "Popen", Popen)
         status = launch.main([f"--run_dir={tmp_path}", *flags])
@@ -79,11 +114,60 @@ def test_one_that_dies_ends_the_others(launched):
     assert "ended by SIGKILL" in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_in_the_terminal_reaches_the_run_once(tmp_path, number):
+    (tmp_path / "program.py").write_text(LISTENING)
+    command = [sys.executable, "-c", LAUNCHED, tmp_path / "program.py", f"--run_dir={tmp_path}"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, text=True, process_group=0
+    ) as launcher:
+        assert launcher.stdout.readline() == "listening\n"
+        os.killpg(launcher.pid, number)  # as a terminal does at Ctrl-C, or when it is closed
+        assert launcher.communicate(timeout=30)[0] == "SIGTERM\n"
+    assert launcher.returncode == 0
+
+
+def test_a_signal_between_two_attempts_ends_it(launched, monkeypatch):
+    say = launch._say
+
+    def interrupted(message):
+        say(message)
+        if "starting again" in message:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "_say", interrupted)
+    status, (starts,), _ = launched({"0": [1, 0]})
+    assert status == 1 and len(starts) == 1
+
+
+def test_a_signal_while_a_process_starts_is_handed_on(launched):
+    status, *_ = launched(
+        {"0": [99]}, as_it_starts=functools.partial(signal.raise_signal, signal.SIGTERM)
+    )
+    assert status == -signal.SIGTERM
+
+
+def test_what_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with launch._Terminated():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_it_wants_a_run_dir_and_one_way_to_meet(capsys):
     assert launch.main(["--lr=1"]) == 2
     assert "--run_dir=None; expected a directory" in capsys.readouterr().err
     assert launch.main(["--run_dir=r", "--processes=2", "--coordinator=h:1"]) == 2
     assert "--processes=2 with --coordinator; expected one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"), [("--processes=0", ">= 1"), ("--restarts=-1", ">= 0")]
+)
+def test_numbers_that_start_nothing(capsys, flag, expected):
+    assert launch.main(["--run_dir=r", flag]) == 2
+    assert capsys.readouterr().err == f"error: {flag}; expected {expected}\n"
 
 
 def test_handlers_are_put_back():

@@ -1,6 +1,7 @@
 """Several processes of one run: killed, interrupted, late, and come back as fewer or more."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -48,6 +49,43 @@ from train.main import main
 sys.exit(main(sys.argv[2:]))
 """
 
+# Joins as SLURM's only process, in every environment that is given, and prints the devices it sees.
+JOINED = """
+import json, os, sys
+import jax
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES  # public nowhere
+from train import processes
+from train.config import parse
+before = dict(os.environ)
+for environment in map(json.loads, sys.argv[1:]):
+    os.environ.clear()
+    os.environ.update(before | environment)
+    with processes.joined(parse(["--coordinator=auto"])):
+        print(CUDA_VISIBLE_DEVICES.value)
+    jax.config.update("jax_cuda_visible_devices", "all")
+"""
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+# Its disk is full when it writes the line of step 6, of which the other processes know nothing.
+FULL = """
+import errno, os, sys
+from train.main import main
+from train.metrics import RunLog
+write = RunLog.step
+def step(self, line):
+    if line["step"] == 6:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(self, line)
+RunLog.step = step
+sys.exit(main(sys.argv[2:]))
+"""
+
 
 class Group:
     """Starts processes that share four devices, and sees to their end."""
@@ -69,13 +107,13 @@ class Group:
             for number, own in enumerate(meeting)
         ]
 
-    def _start(self, *flags, devices, killed_at):
+    def _start(self, *flags, devices, killed_at, program=KILLED):
         environment = self.compiled | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(ROOT),
         }
         part = f"checkpoints/{killed_at}" if killed_at else ""
-        command = [sys.executable, "-c", KILLED, part, *FLAGS, f"--data={self.text}", *flags]
+        command = [sys.executable, "-c", program, part, *FLAGS, f"--data={self.text}", *flags]
         return subprocess.Popen(
             command,
             cwd=ROOT,
@@ -178,6 +216,15 @@ def test_sigterm_to_one_of_four_saves_on_all_and_one_goes_on_elsewhere(group, tw
 
 
 @pytest.mark.slow
+def test_a_profile_is_the_first_process_s(group, tmp_path):
+    run_dir = tmp_path / "run"
+    said = group.run(2, run_dir, "--profile=2")
+    assert f"traced 2 steps into {run_dir}/profile" in said
+    assert len([*run_dir.rglob("*.xplane.pb")]) == 1
+    assert len([*run_dir.rglob("perfetto_trace.json.gz")]) == 1
+
+
+@pytest.mark.slow
 def test_a_mistake_of_one_is_told_by_all(group, tmp_path):
     first, second = _meeting(2)
     flags = (f"--run_dir={tmp_path}/run",)
@@ -189,3 +236,41 @@ def test_a_mistake_of_one_is_told_by_all(group, tmp_path):
     for said in outputs:
         assert "error: process 1: data none does not exist" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_one_alone_cannot_write_is_told_at_once(group, tmp_path):
+    first, second = _meeting(2)
+    flags = (f"--run_dir={tmp_path}/run",)
+    one = group._start(*flags, *first, devices=2, killed_at=None, program=FULL)
+    other = group._start(*flags, *second, devices=2, killed_at=None)
+    with ended([one, other]):
+        said, _ = one.communicate(timeout=120)
+        other.communicate(timeout=60)
+    assert one.returncode == 2 and other.returncode not in (0, 2)
+    # Nothing follows it, such as how the runtime aborts.
+    message = f"cannot write to {tmp_path}/run: No space left on device; make room and add --resume"
+    assert said.splitlines()[-1] == f"error: {message}"
+
+
+def test_a_process_has_all_devices_unless_slurm_runs_several_on_its_host():
+    cases = [
+        ({}, "all"),
+        ({"SLURM_NTASKS_PER_NODE": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, "all"),
+        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1"}, "all"),
+        ({"JAX_LOCAL_DEVICE_IDS": "2,3"}, "2,3"),
+        ({"SLURM_NTASKS_PER_NODE": "8"}, "0"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),1"}, "0"),
+    ]
+    address = _meeting(1)[0][0].partition("=")[2]
+    place = SLURM | {"JAX_COORDINATOR_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", JOINED, *(json.dumps(environment) for environment, _ in cases)],
+        cwd=ROOT,
+        env=clean | place,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [devices for _, devices in cases]

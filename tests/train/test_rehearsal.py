@@ -9,9 +9,11 @@ import jax
 import pytest
 from tiny_run import TINY
 
+from train import rehearsal
 from train.config import parse
 from train.errors import UserError
-from train.rehearsal import devices_of, rehearse
+from train.main import main
+from train.rehearsal import Rehearsal, devices_of, rehearse
 from train.step import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,24 @@ def test_data_parallel_sends_each_gradient_once(comm):
                 sent[(kind, rows * columns)] -= 1
                 sent[(kind, 4 * rows)] -= 1
     assert min(sent.values()) >= 0
+
+
+@pytest.mark.parametrize(("name", "devices"), [("gpu16-hosts2", 16), ("gpu64-fsdp-tensor", 64)])
+def test_a_cluster_s_run_is_planned_without_it(monkeypatch, capsys, name, devices):
+    planned = Rehearsal(devices, parameters=1, state_bytes=1, work_bytes=1, collectives=[])
+    monkeypatch.setattr(rehearsal, "rehearse", lambda config: planned)
+    assert main(["--plan", f"--config={ROOT}/configs/{name}.toml"]) == 0
+    output, errors = capsys.readouterr()
+    assert f"on each of {devices} devices" in output and errors == ""
+
+
+def test_without_the_cluster_every_size_is_needed():
+    command = [sys.executable, "-m", "train.main", "--plan", "--config=configs/tpu-slice.toml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: coordinator=auto could not be joined: ")
+    assert error.endswith("; to plan for it elsewhere, give every size of --mesh")
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from tiny_run import (
 from train import loop
 from train.batches import batches
 from train.checkpoint import Checkpoints
-from train.config import CheckpointConfig
+from train.config import CheckpointConfig, program
 from train.step import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
         assert runs.tiny(run_dir) == 0
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     output = capsys.readouterr().out
-    assert output == f"saved step 7; go on with python -m train.main --run_dir={run_dir} --resume\n"
+    assert output == f"saved step 7; go on with {program()} --run_dir={run_dir} --resume\n"
     assert [line["step"] for line in lines_of(run_dir)] == list(range(1, 8))
     assert (run_dir / "loss.png").exists()
     assert (run_dir / "checkpoints" / "7").is_dir()

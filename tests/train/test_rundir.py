@@ -65,7 +65,7 @@ def test_another_configuration_is_named(run_dir):
 def test_free_fields_may_change(run_dir):
     free = ("--eval_every=3", "--eval_batches=1", "--log.every=2", "--log.health_every=0")
     more = ("--checkpoint.every=0", "--checkpoint.keep=9", "--data=x", "--tokenizer=bytes")
-    rundir.check(run_dir, config("--resume", *free, *more))
+    rundir.check(run_dir, config("--resume", "--profile=3", *free, *more))
 
 
 def test_nothing_to_resume(tmp_path):
