@@ -53,7 +53,7 @@ def launch(flags: Sequence[str], processes: int | None, restarts: int) -> int:
         raise UserError(f"--restarts={restarts}; expected >= 0")
     run_dir = value_of("run_dir", list(flags), None)
     if run_dir is None:
-        raise UserError("--run_dir=None; expected a directory, the same at every start")
+        raise UserError("--run_dir=None; expected a directory, given as a flag at every start")
     if processes is not None and value_of("coordinator", list(flags), None) is not None:
         raise UserError(f"--processes={processes} with --coordinator; expected one of them")
     status = INTERRUPTED

@@ -193,10 +193,11 @@ class _Run:
 
     def _check_skipped(self, in_a_row: int, step: int) -> None:
         if in_a_row >= self.config.optimizer.max_skipped:
+            health = f", or look at {self.run_dir / 'health.jsonl'}"
             raise UserError(
-                f"the gradient was not finite for {in_a_row} steps in a row, up to step {step}; "
-                "the parameters of the last finite step are kept: lower --lr, or look at "
-                f"{self.run_dir / 'health.jsonl'}"
+                f"the gradient was not finite for {in_a_row} steps in a row, up to step {step}, "
+                "which changed no parameter: start again with a lower --lr"
+                + (health if self.config.quantization.quantizes else "")
             )
 
     def _check_overflow(self, overflowed: bool, step: int) -> None:
