@@ -37,9 +37,9 @@ def thresholds(
     Args:
         x: any float dtype, any shape.
         alpha: quantile in (0.5, 1].
-        sample: estimate from at most this many elements, taken from the first to the last at a
-            fixed stride that has no factor in common with the last axis (so that every column is
-            seen), or None for all of them.
+        sample: estimate from this many elements, taken at a fixed stride that has no factor in
+            common with the last axis (so that every column is seen), or None for all of them. Of
+            a tensor only a few times as large it may end well before the last rows.
 
     Returns:
         ``(lo, hi)`` in input units; both NaN if an element looked at is NaN.
@@ -54,7 +54,7 @@ def thresholds(
         raise ValueError(f"x has shape {x.shape}; expected at least one element")
     x = kernel_input(jnp.asarray(x))
     stride = 1 if sample is None else sample_stride(x.shape, sample)
-    count = -(-x.size // stride)
+    count = -(-x.size // stride) if sample is None else min(-(-x.size // stride), sample)
     high = min(max(math.ceil(alpha * count - 1e-9) - 1, 0), count - 1)
     ranks = (count - 1 - high, high)
     # A row of it is a row of x; anything else about its shape is of no account.
@@ -113,10 +113,10 @@ def _positions(
 
 
 def sample_stride(shape: tuple[int, ...], sample: int) -> int:
-    """The least stride to at most ``sample`` elements that shares no factor with the last axis."""
-    stride = max(-(-math.prod(shape) // sample), 1)
+    """The largest stride up to ``size // sample`` without a factor in common with the last axis."""
+    stride = max(math.prod(shape) // sample, 1)
     while math.gcd(stride, shape[-1] if shape else 1) != 1:
-        stride += 1
+        stride -= 1
     return stride
 
 

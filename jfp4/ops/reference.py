@@ -363,15 +363,15 @@ def sample(x: npt.ArrayLike, size: int) -> Array:
     """Strided sample of a tensor, in row-major order.
 
     The whole tensor when it has at most `size` elements. Otherwise every stride-th element from
-    the first to the last; stride is ceil((number of elements) / size), raised by 1 until it has no
-    common factor with the last axis, so that every column is visited.
+    the first, `size` of them; stride is (number of elements) // size, lowered by 1 until it has
+    no common factor with the last axis, so that every column is visited (1 always qualifies).
 
     Args:
         x: [..., k], any dtype.
         size: at least 1.
 
     Returns:
-        [at most size], the dtype of x.
+        [min(size, number of elements)], the dtype of x.
 
     Raises:
         ValueError: size is below 1.
@@ -382,10 +382,10 @@ def sample(x: npt.ArrayLike, size: int) -> Array:
     flat = x.reshape(-1)
     if flat.size <= size:
         return flat
-    stride = -(-flat.size // size)
+    stride = flat.size // size
     while math.gcd(stride, x.shape[-1]) != 1:
-        stride += 1
-    return flat[::stride]
+        stride -= 1
+    return flat[::stride][:size]
 
 
 def thresholds(x: npt.ArrayLike, alpha: float) -> tuple[np.float32, np.float32]:

@@ -442,12 +442,13 @@ def test_sample(m, k, size):
     """Size, order, the stride's definition, and every column visited when enough is taken."""
     x = np.arange(m * k, dtype=np.float64).reshape(m, k)
     got = ref.sample(x, size)
+    assert len(got) == min(size, m * k)
     if m * k <= size:
         np.testing.assert_array_equal(got, x.ravel())
         return
-    strides = [d for d in range(1, m * k + k + 1) if math.gcd(d, k) == 1 and d * size >= m * k]
-    np.testing.assert_array_equal(got, np.arange(0, m * k, min(strides)))
-    assert len(got) <= size and len(set(got[:k] % k)) == min(k, len(got))
+    strides = [d for d in range(1, m * k // size + 1) if math.gcd(d, k) == 1]
+    np.testing.assert_array_equal(got, max(strides) * np.arange(size))
+    assert len(set(got[:k] % k)) == min(k, size)
 
 
 def test_sampled_threshold_is_close():
@@ -740,10 +741,10 @@ def scalar_linear(x, w, dy, config):
     flat = [v for row in x for v in row]
     c, r = x, [[Fraction(0)] * k for _ in x]
     if config.occ_alpha is not None:
-        stride = max(1, math.ceil(len(flat) / config.sample_size))
+        stride = max(1, len(flat) // config.sample_size)
         while len(flat) > config.sample_size and math.gcd(stride, k) > 1:
-            stride += 1
-        s = sorted(flat[::stride])
+            stride -= 1
+        s = sorted(flat[::stride][: config.sample_size])
         rank = math.ceil(Fraction(str(config.occ_alpha)) * len(s))
         lo, hi = s[len(s) - rank], s[rank - 1]
         c = [[min(max(v, lo), hi) for v in row] for row in x]
