@@ -20,7 +20,7 @@ from jfp4.models.config import MODELS, LlamaConfig
 from jfp4.recipe import RECIPES as PRESETS
 from train.config import TrainConfig
 from train.placement import Placement
-from train.plan import compiler_options, jitted_step
+from train.plan import compiler_options, lowered_step
 from train.step import Trainer
 
 SEQUENCES, LENGTH = 8, 2048
@@ -112,8 +112,7 @@ class CompiledStep:
             options = compiler_options(config, self._placement)
         with self._placement.in_force():
             self._init = jax.jit(trainer.init, out_shardings=trainer.shardings).lower().compile()
-            lowered = jitted_step(trainer).lower(trainer.abstract_state(), trainer.batch_shape())
-            self._step = lowered.compile(compiler_options=options)
+            self._step = lowered_step(trainer).compile(compiler_options=options)
         memory: Any = self._step.memory_analysis()
         self.state_bytes = int(memory.argument_size_in_bytes)
         self.temp_bytes = int(memory.temp_size_in_bytes)

@@ -17,6 +17,12 @@ COMPILATION_CACHE = Path("~/.cache/jfp4/xla").expanduser()
 """Where what accelerators run is kept compiled; JAX_COMPILATION_CACHE_DIR chooses another place."""
 
 
+REMEDIES = {
+    errno.ENOENT: "keep it, where every process sees it,",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow it"),
+}
+"""What to do about a run directory that cannot be written; else there is no room in it."""
+
 SHARE_ALONE, SHARE_OF_MESH = "0.95", "0.9"
 """Of a GPU's memory that a run takes as it begins; a mesh's collectives have buffers beside it."""
 
@@ -170,8 +176,7 @@ def _run(config: TrainConfig) -> int:
         with placed.in_force():
             outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
     except OSError as error:
-        missing = error.errno == errno.ENOENT
-        remedy = "keep it, where every process sees it," if missing else "make room"
+        remedy = REMEDIES.get(error.errno or 0, "make room")
         raise UnsharedError(
             f"cannot write to {run_dir}: {error.strerror or error}; {remedy} and add --resume"
         ) from error

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import psutil
 from jax.extend.core import Var
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 from rich.console import Console
 from rich.table import Table
 
@@ -126,10 +126,8 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
         activations = estimated_activations(trainer.config) // placement.shards
         return dataclasses.replace(plan, activations=activations), None
     with placement.in_force():
-        lowered = jitted_step(trainer).lower(state, trainer.batch_shape())
-        if trainer.config.deterministic:
-            fix_order_of_attention(lowered)
-        compiled = lowered.compile(compiler_options=compiler_options(trainer.config, placement))
+        options = compiler_options(trainer.config, placement)
+        compiled = lowered_step(trainer).compile(compiler_options=options)
     placement.check_divided(state, compiled.input_shardings[0][0])
     memory: Any = compiled.memory_analysis()
     peak = (
@@ -172,13 +170,20 @@ def sizes(trainer: Trainer) -> Plan:
     )
 
 
-def jitted_step(trainer: Trainer) -> Any:
-    """``trainer.step``, its state donated, and each array where it belongs on the mesh."""
-    return jax.jit(
+def lowered_step(trainer: Trainer) -> Lowered:
+    """``trainer.step`` of abstract arguments, to be compiled on its mesh, which is in force.
+
+    Its state is donated, and each array where it belongs.
+    """
+    step = jax.jit(
         trainer.step,
         donate_argnums=0,
         out_shardings=(trainer.shardings, trainer.placement.replicated),
     )
+    lowered = step.lower(trainer.abstract_state(), trainer.batch_shape())
+    if trainer.config.deterministic:
+        fix_order_of_attention(lowered)
+    return lowered
 
 
 def kept_bytes(config: TrainConfig) -> int:

@@ -104,7 +104,7 @@ def _alone(config: TrainConfig) -> TrainConfig:
 
 def _rehearse_here(config: TrainConfig) -> Rehearsal:
     from train.placement import place
-    from train.plan import estimated_activations, jitted_step, sizes
+    from train.plan import estimated_activations, lowered_step, sizes
     from train.step import Trainer
 
     rows = config.batch_size // config.optimizer.accumulation
@@ -112,8 +112,7 @@ def _rehearse_here(config: TrainConfig) -> Rehearsal:
     trainer = Trainer(config, placement)
     plan = sizes(trainer)
     with placement.in_force():
-        lowered = jitted_step(trainer).lower(trainer.abstract_state(), trainer.batch_shape())
-        sent = collectives(partitioned(lowered))
+        sent = collectives(partitioned(lowered_step(trainer)))
     own = dataclasses.replace(config, batch_size=config.batch_size // placement.shards)
     return Rehearsal(
         devices=placement.mesh.size,

@@ -1,5 +1,8 @@
 #include "cuda_ffi/ffi/adamw.h"
 
+#include <string>
+#include <utility>
+
 #include "cuda_ffi/ffi/launch.h"
 
 namespace jfp4 {

@@ -122,9 +122,10 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   auto next_tile = [&](int turn) {
     const int slot = turn % kConsumers;
     BarrierWait(&shared.next_full[slot], turn / kConsumers & 1);
-    // By all lanes at once. An arrival does not wait for a load before it, so giving the place up
-    // is made to depend on what was read.
-    const int index = __shfl_sync(~0u, LoadShared(&shared.next[slot]), 0);
+    const int index = LoadShared(&shared.next[slot]);
+    // All lanes have read. An arrival does not wait for a load before it, so giving the place up is
+    // made to depend on what was read, which is never negative.
+    __syncwarp();
     if (lane == 0 && index >= 0) BarrierArriveRemote(&shared.next_empty[slot], 0);
     return index;
   };

@@ -76,11 +76,10 @@ __device__ __forceinline__ uint32_t LoadShared(const uint32_t* p) {
 // barrier that has `barrier`'s place there.
 __device__ __forceinline__ void StoreRemote(uint32_t* to, uint32_t value, uint64_t* barrier,
                                             uint32_t rank) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
-          MapToRank(SharedAddress(to), rank)),
-      "r"(value), "r"(MapToRank(SharedAddress(barrier), rank))
-      : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                   MapToRank(SharedAddress(to), rank)),
+               "r"(value), "r"(MapToRank(SharedAddress(barrier), rank))
+               : "memory");
 }
 
 // Waits until the phase of this parity has completed.

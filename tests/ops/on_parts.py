@@ -212,7 +212,10 @@ def operations(results, backend):
 
     # What nobody divides is gathered, in silence.
     one = jnp.ones((1, 1), jnp.float32)
-    bare = lambda a, b: ffi.gemm(a.codes, one, b.codes.T, one, out_dtype=jnp.float32)  # noqa: E731
+
+    def bare(a, b):
+        return ffi.gemm(a.codes, one, b.codes.T, one, out_dtype=jnp.float32)
+
     if backend != "xla":
         run("a bare call", bare, (both, both, nothing, nothing), both, a, b)
 

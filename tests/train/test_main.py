@@ -276,14 +276,22 @@ def test_a_place_that_cannot_be_written(runs, elsewhere, text, capsys):
     assert "cannot write to file/run: Not a directory" in last_error(capsys)[0]
 
 
-def test_a_run_directory_that_goes_missing(runs, elsewhere, text, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOENT, "No such file or directory; keep it, where every process sees it,"),
+        (errno.EACCES, "Permission denied; allow it"),
+    ],
+)
+def test_a_run_directory_that_is_taken_away(
+    runs, elsewhere, text, capsys, monkeypatch, number, message
+):
     def gone(*args):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "run/metrics.jsonl")
+        raise OSError(number, os.strerror(number), "run/metrics.jsonl")
 
     monkeypatch.setattr(metrics, "_write", gone)
     assert runs(*tiny(text)) == 2
-    message = "No such file or directory; keep it, where every process sees it, and add --resume"
-    assert last_error(capsys)[0] == f"error: cannot write to run: {message}"
+    assert last_error(capsys)[0] == f"error: cannot write to run: {message} and add --resume"
 
 
 def test_a_model_too_large_for_the_machine(runs, elsewhere, text, capsys):
