@@ -1,21 +1,23 @@
 """AdamW on stored parameters: a chain of optax's form, and one kernel that takes the same step."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float32, UInt32
 
 from jfp4 import master
-from jfp4.ops import ffi
+from jfp4.ops import ffi, partition
 from jfp4.ops.rounding import stochastic_key
 from jfp4.optim import (
+    Blocks,
     bound_of_first,
     clip_by_norm,
-    norm_and_finite,
     scale_by_adam,
     skip_not_finite,
 )
@@ -84,20 +86,41 @@ class AdamW:
         scale: float | Array = 1.0,
         seed: int | Array = 0,
         step: int | Array,
+        shardings: Any = None,
     ) -> tuple[Any, optax.ApplyIfFiniteState, Float32[Array, ""]]:
         """Takes a step on stored parameters; see ``jfp4.master.apply_gradients``.
 
         Under ``jax.jit`` with donated arguments everything is replaced in its own memory.
-        """
 
-        def by_slices(stored: Any, state: Any, grads: Any, scale: Any, seed: Any, n: Any) -> Any:
-            chain = self._with_mask_of(stored).transformation()
+        Args:
+            stored: what ``jfp4.master.encode`` made.
+            state: of ``init``.
+            grads: gradients of the values, of ``stored``'s shapes, in any float dtypes.
+            scale: what they are multiplied by.
+            seed: the bits that are rounded by are a function of (seed, step, element), wherever on
+                a mesh the element lies.
+            step: likewise.
+            shardings: a tree of NamedSharding, where each of ``stored`` lies; gradients and moments
+                are moved there. Of automatic axes the kernel needs it, since arrays do not say.
+
+        Warns:
+            UserWarning: the kernel serves, but not this leaf: nothing says where it lies, or its
+                mesh divides amid a block of its moments.
+        """
+        optimizer = self._with_mask_of(stored)
+        chain = optimizer.transformation()
+
+        def by_chain(*args: Any, fused: Any = None) -> Any:
+            stored, state, grads, scale, seed, n = args
             return master.apply_gradients(
-                chain, stored, state, grads, scale=scale, seed=seed, step=n
+                chain, stored, state, grads, scale=scale, seed=seed, step=n, fused=fused
             )
 
+        def by_kernel(*args: Any) -> Any:
+            return by_chain(*args, fused=optimizer._kernel(args[0], shardings, args[3:]))
+
         numbers = jnp.float32(scale), jnp.uint32(seed), jnp.asarray(step, jnp.int32)
-        return ffi.dispatch(self._by_kernel, by_slices, stored, state, grads, *numbers)
+        return ffi.dispatch(by_kernel, by_chain, stored, state, grads, *numbers)
 
     def _with_mask_of(self, stored: Any) -> "AdamW":
         """Itself, its mask asked of whole leaves: by slices, they would have other shapes."""
@@ -112,48 +135,76 @@ class AdamW:
         rate = self.learning_rate
         return rate if callable(rate) else optax.constant_schedule(rate)
 
-    def _by_kernel(
-        self, stored: Any, state: Any, grads: Any, scale: Array, seed: Array, step: Array
-    ) -> tuple[Any, optax.ApplyIfFiniteState, Array]:
-        norm, finite = norm_and_finite(grads)
-        norm = norm * scale
-        _, (adam, _, scheduled) = state.inner_state
-        rates = self._rates(adam.count, scheduled.count, scale, norm, finite)
+    def _kernel(
+        self, stored: Any, shardings: Any, numbers: tuple[Array, ...]
+    ) -> Callable[..., Any] | None:
+        """The kernel as ``jfp4.master.apply_gradients`` has its ``fused``.
 
+        Args:
+            stored: the whole tree.
+            shardings: where its leaves lie, as far as that is known.
+            numbers: the gradient's scale, and seed and step.
+        """
         leaves = jax.tree.leaves(stored)
         structure: Any = jax.tree.structure(stored)
+        told = None if shardings is None else structure.flatten_up_to(shardings)
+        places = partition.places(leaves, told)
+        if places is None:
+            warnings.warn(
+                f"AdamW.step: shardings=None, and {jax.device_count()} devices may divide what is "
+                "given; expected where each parameter lies: XLA takes the step",
+                stacklevel=2,
+            )
+            return None
         decays = [True] * len(leaves)
         if self.mask is not None:
             decays = structure.flatten_up_to(self.mask(stored))
-        new = []
-        for number, (param, grad, first, second, decay) in enumerate(
-            zip(
-                leaves,
-                *(structure.flatten_up_to(tree) for tree in (grads, adam.mu, adam.nu)),
-                decays,
-                strict=True,
+        scale, seed, step = numbers
+
+        def fused(number: int, held: Any, grad: Array, norm: Array, finite: Array) -> Any:
+            param, state = held
+            place = places[number]
+            _, (adam, _, scheduled) = state.inner_state
+            (first,), (second,) = (
+                jax.tree.leaves(moment, is_leaf=lambda x: isinstance(x, Blocks))
+                for moment in (adam.mu, adam.nu)
             )
-        ):
-            slices = param.shape[0] if param.ndim >= 3 else 1
-            updated = ffi.adamw(
-                _of_rows(grad),
-                _of_rows(param),
-                _of_rows(first),
-                _of_rows(second),
-                rates,
-                self._keys(number, slices, seed, step, adam.count),
-                b1=self.b1,
-                b2=self.b2,
-                eps=self.eps,
-                weight_decay=self.weight_decay if decay else 0.0,
-                bound=bound_of_first(self.b1, self.b2),
-                root=not self.first == self.second == "float32",
-                stochastic=self.seed is not None,
+            if why := _divided_amid_blocks(place, first, second):
+                warnings.warn(
+                    f"AdamW.step: {why}: XLA takes the step of {param.shape}", stacklevel=2
+                )
+                return None
+
+            def of_part(begin: tuple[Any, ...], arrays: Any, *whole: Array) -> Any:
+                param, grad, first, second = arrays
+                rates, seed, step, count = whole
+                updated = ffi.adamw(
+                    _of_rows(grad),
+                    _of_rows(param),
+                    _of_rows(first),
+                    _of_rows(second),
+                    rates,
+                    self._keys(number, held[0].shape, begin, param.shape, seed, step, count),
+                    b1=self.b1,
+                    b2=self.b2,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay if decays[number] else 0.0,
+                    bound=bound_of_first(self.b1, self.b2),
+                    root=not self.first == self.second == "float32",
+                    stochastic=self.seed is not None,
+                )
+                old = param, first, second
+                return jax.tree.map(lambda a, like: a.reshape(like.shape), updated, old)
+
+            rates = self._rates(adam.count, scheduled.count, scale, norm, finite)
+            param, first, second = partition.by_parts(
+                of_part, place, (param, grad, first, second), rates, seed, step, adam.count
             )
-            old = param, first, second
-            new.append(jax.tree.map(lambda a, like: a.reshape(like.shape), updated, old))
-        params, mu, nu = (jax.tree.unflatten(structure, part) for part in zip(*new, strict=True))
-        return params, self._counted(structure, state, norm, finite, mu, nu), norm
+            alone = jax.tree.structure(adam.mu, is_leaf=lambda x: isinstance(x, Blocks))
+            moments = (jax.tree.unflatten(alone, [moment]) for moment in (first, second))
+            return param, self._counted(state, norm, finite, *moments)
+
+        return fused
 
     def _rates(
         self, count: Array, scheduled: Array, scale: Array, norm: Array, finite: Array
@@ -173,18 +224,52 @@ class AdamW:
         return jnp.stack([jnp.asarray(rate, jnp.float32) for rate in rates])
 
     def _keys(
-        self, number: int, slices: int, seed: Array, step: Array, count: Array
-    ) -> UInt32[Array, "slices 3"]:
-        """Keys of the bits by which each slice is rounded: those of ``by_slices``."""
-        part = stochastic_key(number, jnp.arange(slices))
-        moments = (stochastic_key(self.seed or 0, count, part, which) for which in (0, 1))
-        return jnp.stack([stochastic_key(stochastic_key(seed, step, part), 0), *moments], -1)
+        self,
+        number: int,
+        shape: tuple[int, ...],
+        begin: tuple[int | Array, ...],
+        part: tuple[int, ...],
+        seed: Array,
+        step: Array,
+        count: Array,
+    ) -> UInt32[Array, "slices 4"]:
+        """What the kernel makes the chain's random bits of, in a part of a leaf.
+
+        Args:
+            number: of the leaf.
+            shape: of all of it.
+            begin: index of the part's first element.
+            part: the part's shape.
+            seed: of the parameters' bits.
+            step: likewise.
+            count: of steps taken, for the moments' bits.
+        """
+        # A slice of the leading axis, where there are three, has keys of its own; rows are numbered
+        # through it, and so the last axis but one goes on from where the axes before it are.
+        missing = max(0, 3 - len(shape))
+        shape, part = (1,) * missing + shape, (1,) * missing + part
+        outer = part[:-2]
+        first, *rest, row, column = (
+            jnp.asarray(i).astype(jnp.uint32) for i in (*[0] * missing, *begin)
+        )
+        slices, *others = (
+            i + lax.broadcasted_iota(jnp.uint32, outer, axis)
+            for axis, i in enumerate((first, *rest))
+        )
+        rows = jnp.zeros(outer, jnp.uint32)
+        for n, i in zip(shape[1:-1], (*others, row), strict=True):
+            rows = rows * n + i
+        own = stochastic_key(number, slices)
+        param = stochastic_key(stochastic_key(seed, step, own), 0)
+        moments = (stochastic_key(self.seed or 0, count, own, which) for which in (0, 1))
+        keys = [*(key + rows for key in (param, *moments)), jnp.broadcast_to(column, outer)]
+        return jnp.stack(keys, -1).reshape(-1, 4)
 
     def _counted(
-        self, structure: Any, state: Any, norm: Array, finite: Array, mu: Any, nu: Any
+        self, state: Any, norm: Array, finite: Array, mu: Any, nu: Any
     ) -> optax.ApplyIfFiniteState:
         """The state after a step: the chain's own counts, and the moments that are given."""
-        nothing = jax.tree.unflatten(structure, [None] * structure.num_leaves)
+        nothing = ()  # and not None, which would be no parameters rather than none of them
 
         def with_moments(state: Any, mu: Any, nu: Any) -> Any:
             clip, (adam, *others) = state.inner_state
@@ -195,6 +280,17 @@ class AdamW:
             nothing, with_moments(state, nothing, nothing), nothing, grad_norm=norm, finite=finite
         )
         return with_moments(counted, mu, nu)
+
+
+def _divided_amid_blocks(place: Any, *moments: Any) -> str:
+    """Why the mesh leaves no device the whole of each block; empty if it does."""
+    for moment in moments:
+        if isinstance(moment, Blocks):
+            blocks = moment.exponents.shape[-1]
+            parts = partition.parts_of_axis(place, -1, moment.exponents.ndim)
+            if blocks % parts:
+                return f"the mesh divides the last axis, of {blocks} blocks of moments, by {parts}"
+    return ""
 
 
 def _of_rows(x: Any) -> Any:

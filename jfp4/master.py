@@ -1,6 +1,7 @@
 """Master weights in two bytes: how they are stored, read, and changed."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,6 +117,7 @@ def apply_gradients(
     scale: float | Array = 1.0,
     seed: int | Array = 0,
     step: int | Array,
+    fused: Callable[..., Any] | None = None,
 ) -> tuple[Any, Any, Float32[Array, ""]]:
     """An optimizer's step on stored parameters, in the float32 memory of one layer.
 
@@ -137,6 +139,8 @@ def apply_gradients(
         scale: what they are multiplied by, such as the reciprocal of the loss scale.
         seed: the bits that parameters are rounded by are a function of (seed, step, element).
         step: likewise.
+        fused: another way to take the step of a leaf, ``fused(number, (leaf, state), grad, norm,
+            finite)``, which returns the new leaf and state, or None where it cannot.
 
     Returns:
         The stored parameters, the state, and the global norm of the scaled gradient.
@@ -176,7 +180,10 @@ def apply_gradients(
         # What of the state is this leaf's: what its init makes of this leaf alone.
         shapes = init_shapes(number, leaf.shape)
         held = (leaf, _where_not_none(shapes, state, None))
-        if leaf.ndim < 3:
+        taken = None if fused is None else fused(number, held, grad, norm, finite)
+        if taken is not None:
+            held = taken
+        elif leaf.ndim < 3:
             held = take_step(number, 0, held, grad)
         else:
             slices = init_shapes(number, leaf.shape[1:])

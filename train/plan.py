@@ -101,13 +101,15 @@ def compiler_options(config: TrainConfig, placement: Placement) -> dict[str, str
     """What a configuration asks of XLA on a mesh.
 
     Of GPUs: an order in which what is sent goes on beside what is computed. XLA's own is the one
-    of least memory, and has each collective waited for as soon as it begins.
+    of least memory, and has each collective waited for as soon as it begins; with one at a time,
+    each is waited for before the next begins, whether anything needs it yet or not.
     """
     options: dict[str, str | bool] = {}
     if config.deterministic:
         options["xla_gpu_exclude_nondeterministic_ops"] = True
     if placement.mesh.size > 1 and placement.mesh.devices.flat[0].platform == "gpu":
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
+        options["xla_gpu_experimental_parallel_collective_overlap_limit"] = "4"
     return options
 
 

@@ -122,6 +122,7 @@ class Trainer:
                 scale=1.0 if scale is None else 1 / scale.value,
                 seed=self.config.seed,
                 step=state.step,
+                shardings=self.shardings.params,
             )
         finite = opt_state.last_finite
         stats = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stats, state.stats)

@@ -68,6 +68,7 @@ void UpdateRow(const AdamW& args, int64_t slice, int64_t row_of_slice) {
     const auto scale = [&](Moment type, const uint8_t* exponents) {
       return type == Moment::kF32 ? 1.0f : adamw::ScaleOfExponent(exponents[block]);
     };
+    const int64_t of_tensor = column + keys.column;
     Load(args.grad, args.grad_type, offset, size, grad.data());
     Load(args.param, args.param_type, offset, size, param.data());
     LoadMoment(args.first, args.first_type, scale(args.first_type, args.first_exponents), offset,
@@ -79,16 +80,17 @@ void UpdateRow(const AdamW& args, int64_t slice, int64_t row_of_slice) {
                                                  {param[i] * (1 / factor), first[i], second[i]});
       param[i] = next.param;
       if (args.param_type != DType::kF32) {
-        const uint32_t bits = adamw::Mix(row_key(keys.param) ^ static_cast<uint32_t>(column + i));
+        const uint32_t bits =
+            adamw::Mix(row_key(keys.param) ^ static_cast<uint32_t>(of_tensor + i));
         param[i] = adamw::RoundStochastically(next.param * factor, grid, bits);
       }
       first[i] = next.first;
       second[i] = next.second;
     }
     Store(param.data(), size, args.param_type, args.param, offset);
-    StoreMoment(first.data(), args.first_type, args.stochastic, row_key(keys.first), column, size,
-                args.first, args.first_exponents + block, offset);
-    StoreMoment(second.data(), args.second_type, args.stochastic, row_key(keys.second), column,
+    StoreMoment(first.data(), args.first_type, args.stochastic, row_key(keys.first), of_tensor,
+                size, args.first, args.first_exponents + block, offset);
+    StoreMoment(second.data(), args.second_type, args.stochastic, row_key(keys.second), of_tensor,
                 size, args.second, args.second_exponents + block, offset);
   }
 }

@@ -150,8 +150,8 @@ __device__ __forceinline__ void StoreMoment(float v, Moment type, void* to, int6
 
 // Where a block of elements lies, and its bits' keys; every thread of a block has the same.
 struct Place {
-  int64_t first;  // element
-  uint32_t column;
+  int64_t first;    // element
+  uint32_t column;  // of the tensor
   AdamW::Keys row;
 
   __device__ __forceinline__ Place(const AdamW& args, uint32_t block, uint32_t size) {
@@ -159,8 +159,8 @@ struct Place {
     const uint32_t row_of_all = block / blocks, rows = static_cast<uint32_t>(args.rows);
     const uint32_t slice = row_of_all / rows, row_of_slice = row_of_all - slice * rows;
     first = int64_t{block} * size;
-    column = (block - row_of_all * blocks) * size;
     const AdamW::Keys keys = args.keys[slice];
+    column = (block - row_of_all * blocks) * size + keys.column;
     row = {adamw::Mix(row_of_slice + keys.param), adamw::Mix(row_of_slice + keys.first),
            adamw::Mix(row_of_slice + keys.second)};
   }
@@ -255,16 +255,16 @@ __global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, uint32_t rows
   const float scale2 = scaled2 ? adamw::ScaleOfExponent(args.second_exponents[row]) : 1.0f;
   const float unit = 1 / Factor(args.param_type);
 
-  const auto advance = [&](uint32_t column) {
-    const int64_t at = place.first + column;
+  const auto advance = [&](uint32_t i) {
+    const int64_t at = place.first + i;
     return adamw::Advance(args, rates, LoadElement(args.grad, args.grad_type, at),
                           {__fmul_rn(LoadElement(args.param, args.param_type, at), unit),
                            __fmul_rn(LoadMoment(args.first, args.first_type, at), scale1),
                            __fmul_rn(LoadMoment(args.second, args.second_type, at), scale2)});
   };
   uint32_t amax1 = 0, amax2 = 0;
-  for (uint32_t column = lane; column < n; column += kWarp) {
-    const Element next = advance(column);
+  for (uint32_t i = lane; i < n; i += kWarp) {
+    const Element next = advance(i);
     amax1 = max(amax1, MagnitudeBits(next.first));
     amax2 = max(amax2, MagnitudeBits(next.second));
   }
@@ -272,9 +272,10 @@ __global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, uint32_t rows
   const uint32_t exponent2 = adamw::ScaleExponent(LargestOf<kWarp>(amax2, ~0u), args.second_type);
   const float inverse1 = scaled1 ? adamw::InverseScale(exponent1) : 1.0f;
   const float inverse2 = scaled2 ? adamw::InverseScale(exponent2) : 1.0f;
-  for (uint32_t column = lane; column < n; column += kWarp) {
-    const Element next = advance(column);
-    const int64_t at = place.first + column;
+  for (uint32_t i = lane; i < n; i += kWarp) {
+    const Element next = advance(i);
+    const int64_t at = place.first + i;
+    const uint32_t column = place.column + i;
     StoreElement(RoundParam(next.param, args.param_type, place.row.param, column), args.param_type,
                  args.param, at);
     StoreMoment(RoundMoment(__fmul_rn(next.first, inverse1), args.first_type, args.stochastic,

@@ -29,9 +29,10 @@ struct AdamW {
     float finite;             // 0 where the step is to be skipped
   };
 
-  // Keys of the bits that a slice's parameters and moments are rounded by.
+  // Of the bits that a slice's parameters and moments are rounded by: keys, to which a row's number
+  // is added, and the number of the first column. Of a part of a tensor they tell where it lies.
   struct Keys {
-    uint32_t param, first, second;
+    uint32_t param, first, second, column;
   };
 
   int64_t slices, rows, n;  // arrays are [slices, rows, n]

@@ -36,7 +36,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
 """What has kernels."""
 
-INTERFACE = 5
+INTERFACE = 6
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -188,7 +188,7 @@ def _served(platform: str, operation: str) -> Served:
         return Served("xla", "asked for")
     if asked == "auto" and platform != "cuda":
         return Served("xla")
-    if why := partition.unfit(operation != "adamw"):
+    if why := partition.unfit():
         return Served("xla", why)
     if asked != "auto":
         return Served(asked, "asked for")
@@ -228,14 +228,14 @@ def dispatch(
         xla: by JAX's own operations.
         operands: of both.
         rule: how they are divided over a mesh; both functions are given a ``Part`` first then.
-            Without one ``xla`` serves wherever a kernel's operands might be gathered in silence.
+            Without one ``kernel`` sees to it that it is not given what is divided.
 
     Raises:
         RuntimeError: the path asked for is missing.
     """
     platforms = kernel_platforms()
-    if platforms and (why := partition.unfit(rule is not None)):
-        if rule is not None and _asked.value != "auto":
+    if platforms and (why := partition.unfit()):
+        if _asked.value != "auto":
             raise RuntimeError(f"the backend asked for, {_asked.value!r}, cannot serve: {why}")
         platforms = ()
     if rule is not None:
@@ -478,7 +478,7 @@ def adamw(
     first: Moment,
     second: Moment,
     rates: Float32[Array, "6"],
-    keys: UInt32[Array, "slices 3"],
+    keys: UInt32[Array, "slices 4"],
     *,
     b1: float,
     b2: float,
@@ -497,8 +497,8 @@ def adamw(
         second: likewise.
         rates: factors of the gradient (two), the learning rate, 1 / (1 - b1^t),
             1 / sqrt(1 - b2^t), and 0 to change nothing.
-        keys: of the bits that param, first and second are rounded by, in each of as many equal
-            parts of the rows.
+        keys: of the bits that param, first and second are rounded by, and the number of the first
+            column, in each of as many equal parts of the rows.
         b1: decay rate of the first moment.
         b2: decay rate of the second.
         eps: added to the root of the second moment.

@@ -109,29 +109,23 @@ def _psum_scatter(x: Array, axes: Axes, axis: int) -> Array:
 WHOLE = Part({})
 
 
-def unfit(divisible: bool) -> str:
-    """Why a kernel cannot be had for what is traced now; empty if it can.
-
-    Args:
-        divisible: whether the operation has a ``Rule``.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = set(mesh.axis_types)
-    if _alone() or kinds == {AxisType.Manual}:
-        return ""
-    if len(kinds) > 1:
+def unfit() -> str:
+    """Why a kernel cannot be had for what is traced now; empty if it can."""
+    kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+    if len(kinds) > 1 and not _alone():
         return "axes of the mesh differ in type; expected all automatic, explicit or manual"
-    if divisible:
-        return ""
-    if mesh.empty:
-        return f"with {jax.device_count()} devices arrays may be divided; expected jax.set_mesh"
-    return f"it is not divided over {mesh.size} devices"
+    return ""
 
 
 def _alone() -> bool:
     """Whether nothing can be divided. Without a mesh in force arrays may still lie on one."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() == 1 if mesh.empty else mesh.size == 1
+
+
+def _undivided() -> bool:
+    """Whether a function sees all of its operands that it ever will: also within a shard_map."""
+    return _alone() or set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Manual}
 
 
 def divided(fn: Callable[..., T], rule: Rule) -> Callable[..., T]:
@@ -151,7 +145,7 @@ def divided(fn: Callable[..., T], rule: Rule) -> Callable[..., T]:
 
     def call(*operands: Array | None) -> Any:
         kinds = set(jax.sharding.get_abstract_mesh().axis_types)
-        if _alone() or kinds == {AxisType.Manual} or len(kinds) > 1:
+        if _undivided() or len(kinds) > 1:
             return fn(WHOLE, *operands)
 
         def of_given(part: Part, *arrays: Array) -> Any:
@@ -215,6 +209,68 @@ class Place:
     def put(self, x: Array) -> Array:
         """``x``, at this place."""
         return x if self.spec is None else jax.sharding.reshard(x, self.spec)
+
+
+def places(
+    arrays: Sequence[Array], told: Sequence[NamedSharding] | None
+) -> Sequence[NamedSharding | None] | None:
+    """Where arrays lie on the mesh in force, as far as what is traced can know.
+
+    Args:
+        arrays: of any shapes.
+        told: where they lie, of automatic axes, on which arrays do not say.
+
+    Returns:
+        For each array its place, or None where its parts cannot be told from a whole; instead of
+        all, None where that is not known.
+    """
+    if _undivided():
+        return [None] * len(arrays)
+    if set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Explicit}:
+        return [jax.typeof(x).sharding for x in arrays]
+    return told
+
+
+def by_parts(fn: Callable[..., T], place: NamedSharding | None, arrays: Any, *whole: Array) -> T:
+    """``fn(begin, arrays, *whole)``, computed on each device of its parts of the arrays.
+
+    Args:
+        fn: returns a tree of arrays, divided as the operands are; ``begin`` is the index in the
+            first array of the first element of its part.
+        place: by which all arrays are divided, axis by axis; None: by nothing.
+        arrays: a tree of arrays of as many axes.
+        whole: what every device has.
+    """
+    first, *_ = jax.tree.leaves(arrays)
+    if place is None:
+        return fn((0,) * first.ndim, arrays, *whole)
+    entries = (*place.spec, *[None] * (first.ndim - len(place.spec)))
+
+    def of_part(arrays: Any, *whole: Array) -> T:
+        shape = jax.tree.leaves(arrays)[0].shape
+        begin = tuple(
+            lax.axis_index(_axes(entry)) * n if _axes(entry) else 0
+            for entry, n in zip(entries, shape, strict=True)
+        )
+        return fn(begin, arrays, *whole)
+
+    if set(place.mesh.axis_types) == {AxisType.Explicit}:
+        arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, place.spec), arrays)
+    return jax.shard_map(
+        of_part,
+        mesh=place.mesh,
+        in_specs=(place.spec, *[PartitionSpec()] * len(whole)),
+        out_specs=place.spec,
+        check_vma=False,
+    )(arrays, *whole)
+
+
+def parts_of_axis(place: NamedSharding | None, axis: int, ndim: int) -> int:
+    """Into how many parts an array's axis is divided."""
+    if place is None:
+        return 1
+    entries = (*place.spec, *[None] * (ndim - len(place.spec)))
+    return _product(_axes(entries[axis]), place.mesh.shape)
 
 
 def _automatically(

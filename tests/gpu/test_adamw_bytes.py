@@ -40,10 +40,11 @@ def rounded(x, format, bits):
     return np.copysign((below + up) * step, x)
 
 
-def bits_of(key, rows, columns):
+def bits_of(key, rows, columns, first):
     """What random_bits gives a slice, from the mixing that tests/ops/test_rounding.py holds."""
     row = np.asarray(mix(jnp.asarray(np.arange(rows, dtype=np.uint32) + key)))
-    return np.asarray(mix(jnp.asarray(row[:, None] ^ np.arange(columns, dtype=np.uint32))))
+    column = np.arange(columns, dtype=np.uint32) + first
+    return np.asarray(mix(jnp.asarray(row[:, None] ^ column)))
 
 
 def encoded(values, format, bits):
@@ -86,7 +87,7 @@ def oracle(grad, param, first, second, rates, keys, *, formats, decay, root, sto
     up = m * first_correction / (np.sqrt(v) * second_correction + F32(EPS)) + F32(decay) * p
     p = p + -rate * up
     _, rows, n = grad.shape
-    bits = [np.stack([bits_of(key, rows, n) for key in keys[:, i]]) for i in range(3)]
+    bits = [np.stack([bits_of(key[i], rows, n, key[3]) for key in keys]) for i in range(3)]
     if format != "float32":
         p = rounded(p * factor, format, bits[0]).astype(PARAMS[format])
     moments = (
@@ -117,7 +118,7 @@ def case(shape, format, first, second, seed=0):
         encoded(values, kind, None)
         for values, kind in ((gaussian(1e-3), first), (np.abs(gaussian(1e-3)), second))
     ]
-    keys = rng.integers(0, 2**32, (shape[0], 3), dtype=np.uint32)
+    keys = rng.integers(0, 2**32, (shape[0], 4), dtype=np.uint32)
     return grad, param, *moments, keys
 
 
@@ -208,7 +209,7 @@ def test_blocks_are_those_of_the_optimizer():
     [
         ({"param": np.zeros((3, 5, 2), F32)}, r"param is f32\[3, 5, 2\]; expected f32\[3, 5, 256"),
         ({"first": (np.zeros((3, 5, 256), np.int8), None)}, "first is .*; expected u8, f16 or f32"),
-        ({"keys": np.zeros((4, 3), np.uint32)}, r"keys is u32\[4, 3\]; expected u32\[slices, 3\]"),
+        ({"keys": np.zeros((4, 4), np.uint32)}, r"keys is u32\[4, 4\]; expected u32\[slices, 4\]"),
         ({"rates": RATES[:5]}, r"rates is f32\[5\]; expected f32\[6\]"),
         ({"first": (np.zeros((3, 5, 256), np.float16), np.zeros((3, 5, 1), np.uint8))},
          r"first_exponents is u8\[3, 5, 1\]; expected u8\[3, 5, 2\]"),

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -266,6 +267,86 @@ def exchanged(results):
     results["infinity"] = np.isnan(found).sum(axis=1).tolist()
 
 
+def optimizer(results, backend):
+    """Steps of AdamW, every kind of bits in it: in how many places each leaf differs."""
+    leaves = {
+        "number": ((), P()),
+        "vector": ((1024,), P("tensor")),
+        "matrix": ((8, 512), P(("data", "fsdp"), "tensor")),
+        "stack": ((3, 16, 512), P(None, "fsdp", "tensor")),
+        "four axes": ((2, 4, 6, 256), P(None, "fsdp", "tensor")),
+        "slices apart": ((4, 6, 256), P("fsdp", None, "tensor")),
+        "rows of any length": ((4, 6, 10), P(None, "tensor")),
+        "amid a block": ((4, 384), P(None, "tensor")),
+    }
+    adamw = jfp4.AdamW(0.01, weight_decay=0.1, seed=3)
+    draw = np.random.default_rng(1).normal
+    params, *grads = (
+        {name: jnp.asarray(draw(size=shape), jnp.float32) for name, (shape, _) in leaves.items()}
+        for _ in range(3)
+    )
+
+    def steps(mesh, told):
+        places = None
+        if mesh:
+            places = {name: NamedSharding(mesh, spec) for name, (_, spec) in leaves.items()}
+        if mesh and AxisType.Explicit in mesh.axis_types:  # where the chain has to do without
+            places |= dict.fromkeys(("slices apart", "amid a block"), NamedSharding(mesh, P()))
+
+        def step(stored, state, grads, n):
+            if mesh:
+                grads = jax.tree.map(jax.device_put, grads, places)
+            return adamw.step(
+                stored, state, grads, seed=5, step=n, shardings=places if told else None
+            )
+
+        step = jax.jit(step)
+        stored, state = jfp4.master.encode(params, "bfloat16"), adamw.init(params)
+        if mesh:
+            stored = jax.tree.map(jax.device_put, stored, places)
+            state = jax.device_put(state, NamedSharding(mesh, P()))
+        for n, g in enumerate(grads):
+            stored, state, _ = step(stored, state, g, n)
+        _, (adam, *_) = state.inner_state
+        return {name: (stored[name], adam.mu[name], adam.nu[name]) for name in leaves}
+
+    with jfp4.backend(backend), jax.set_mesh(jax.make_mesh((1,), AXES[:1])):
+        wanted = steps(None, True)
+    kinds = {"told": AxisType.Auto, "not told": AxisType.Auto, "explicit": AxisType.Explicit}
+    for case, kind in kinds.items():
+        if backend == "xla" and case == "explicit":  # which would have the state lie so, too
+            continue
+        mesh = make_mesh((2, 2, 2), kind)
+        with warnings.catch_warnings(record=True) as caught, jfp4.backend(backend):
+            warnings.simplefilter("always")
+            with jax.set_mesh(mesh):
+                found = steps(mesh, case == "told")
+        differ = {name: max(differences(found[name], wanted[name])) for name in leaves}
+        results[f"adamw, {case}"] = differ, sorted({str(warning.message) for warning in caught})
+
+    # Of a stack alone: what is sent, and what is held besides what is replaced.
+    mesh = make_mesh((2, 2, 2))
+    place = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+    stored = jax.ShapeDtypeStruct((3, 16, 512), jnp.bfloat16, sharding=place)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place if leaf.ndim else NamedSharding(mesh, P())
+        ),
+        jax.eval_shape(adamw.init, jax.ShapeDtypeStruct(stored.shape, jnp.float32)),
+    )
+
+    def step(stored, state, grad):
+        return adamw.step(stored, state, grad, step=0, shardings=place)[:2]
+
+    grad = jax.ShapeDtypeStruct(stored.shape, jnp.float32, sharding=place)
+    with jax.set_mesh(mesh), jfp4.backend(backend):
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(stored, state, grad)
+        sent = [[c.kind, c.bytes] for c in collectives(partitioned(lowered))]
+        memory = lowered.compile().memory_analysis()
+    results["adamw sends"] = sent
+    results["adamw holds"] = [memory.alias_size_in_bytes, memory.temp_size_in_bytes]
+
+
 def main():
     """Runs every case by the backend that is asked for."""
     results = {}
@@ -273,6 +354,7 @@ def main():
     layers(results, backend)
     operations(results, backend)
     exchanged(results)
+    optimizer(results, backend)
     json.dump(results, sys.stdout)
 
 

@@ -780,7 +780,7 @@ def test_a_parameter_without_an_axis_is_refused():
             "param": number,
             **state,
             "rates": (F32, (6,)),
-            "keys": ("uint32", (1, 3)),
+            "keys": ("uint32", (1, 4)),
         },
         {"param": number, **state},
         dict.fromkeys(attributes, np.float32(0.5)) | {"root": True, "stochastic": False},

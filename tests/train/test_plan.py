@@ -172,10 +172,14 @@ def test_memory_of_this_machine():
 def test_what_is_sent_goes_on_beside_what_is_computed_on_meshes_of_gpus(platform, size, overlapped):
     devices = np.array([SimpleNamespace(platform=platform)] * size, object)
     placement = SimpleNamespace(mesh=SimpleNamespace(size=size, devices=devices))
-    overlap = {"xla_gpu_enable_latency_hiding_scheduler": True} if overlapped else {}
-    assert compiler_options(TrainConfig(), placement) == overlap
+    overlap = {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+    }
+    expected = overlap if overlapped else {}
+    assert compiler_options(TrainConfig(), placement) == expected
     exact = {"xla_gpu_exclude_nondeterministic_ops": True}
-    assert compiler_options(TrainConfig(deterministic=True), placement) == exact | overlap
+    assert compiler_options(TrainConfig(deterministic=True), placement) == exact | expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there getrusage tells a process of its own")
