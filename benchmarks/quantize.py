@@ -91,7 +91,8 @@ def _columns_xla(w: Array) -> Any:
 
 
 def _gradient(dy: Array, row_factor: Array, col_factor: Array) -> Any:
-    return ffi.quantize_gradient(dy, col_factor, row_factor, format="e5m2")
+    amax = ffi.gradient_amax(dy, col_factor, row_factor)
+    return ffi.quantize_gradient(dy, col_factor, row_factor, amax, format="e5m2")
 
 
 def _gradient_xla(dy: Array, row_factor: Array, col_factor: Array) -> Any:

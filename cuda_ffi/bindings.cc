@@ -7,12 +7,13 @@ namespace py = pybind11;
 
 // Operands, results and attributes of the targets as a number: ffi.py asks for the same one, so
 // that a module left over from another version is found out. Raise both when any of them changes.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 // Every target, and the name of its handlers less the platform.
 #define JFP4_TARGETS(X)                           \
   X(jfp4_quantize_rows, Jfp4QuantizeRows)         \
   X(jfp4_quantize_columns, Jfp4QuantizeColumns)   \
+  X(jfp4_gradient_amax, Jfp4GradientAmax)         \
   X(jfp4_quantize_gradient, Jfp4QuantizeGradient) \
   X(jfp4_thresholds, Jfp4Thresholds)              \
   X(jfp4_gemm, Jfp4Gemm)                          \

@@ -56,6 +56,23 @@ struct QuantizeColumnsCall {
                                             bool compensate);
 };
 
+struct GradientAmaxCall {
+  static constexpr char kTarget[] = "jfp4_gradient_amax";
+
+  template <typename Context>
+  static auto Bind() {
+    return ffi::Ffi::Bind()
+        .Ctx<Context>()
+        .template Arg<Buffer>()   // dy: [..., m, n]
+        .template Arg<Buffer>()   // col_factor: f32 [..., 1, n]
+        .template Arg<Buffer>()   // row_factor: f32 [..., m, 1]
+        .template Ret<Buffer>();  // amax: f32 [..., m + n]
+  }
+
+  static ffi::ErrorOr<GradientAmax> Read(Buffer dy, Buffer col_factor, Buffer row_factor,
+                                         Output amax);
+};
+
 struct QuantizeGradientCall {
   static constexpr char kTarget[] = "jfp4_quantize_gradient";
 
@@ -66,20 +83,17 @@ struct QuantizeGradientCall {
         .template Arg<Buffer>()  // dy: [..., m, n]
         .template Arg<Buffer>()  // col_factor: f32 [..., 1, n]
         .template Arg<Buffer>()  // row_factor: f32 [..., m, 1]
-        .template Arg<Buffer>()  // row_floor: f32 [..., m], or absent
-        .template Arg<Buffer>()  // col_floor: f32 [..., n], or absent
+        .template Arg<Buffer>()  // amax: f32 [..., m + n]
         .template Ret<Buffer>()  // codes: [..., m, n]
         .template Ret<Buffer>()  // row_scale: f32 [..., m, 1]
         .template Ret<Buffer>()  // codes_t: [..., n, m]
         .template Ret<Buffer>()  // col_scale: f32 [..., 1, n]
-        .template Ret<Buffer>()  // amax: f32 [..., m + n], scratch
         .template Attr<int32_t>("format");
   }
 
   static ffi::ErrorOr<QuantizeGradient> Read(Buffer dy, Buffer col_factor, Buffer row_factor,
-                                             Buffer row_floor, Buffer col_floor, Output codes,
-                                             Output row_scale, Output codes_t, Output col_scale,
-                                             Output amax, int32_t format);
+                                             Buffer amax, Output codes, Output row_scale,
+                                             Output codes_t, Output col_scale, int32_t format);
 };
 
 inline Outliers CheckOutliers(Checker& check, Buffer lo, Buffer hi, Format format,
@@ -147,9 +161,23 @@ inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer 
   return check.Finish(args);
 }
 
-inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(
-    Buffer dy, Buffer col_factor, Buffer row_factor, Buffer row_floor, Buffer col_floor,
-    Output codes, Output row_scale, Output codes_t, Output col_scale, Output amax, int32_t format) {
+inline ffi::ErrorOr<GradientAmax> GradientAmaxCall::Read(Buffer dy, Buffer col_factor,
+                                                         Buffer row_factor, Output amax) {
+  Checker check("dy", dy, 2);
+  const int64_t m = check.dim(0), n = check.dim(1);
+  GradientAmax args{};
+  args.in = {dy.untyped_data(), check.FloatType("dy", dy), check.batch(), m, n};
+  args.col_factor = check.Take<float>("col_factor", col_factor, ffi::F32, {1, n});
+  args.row_factor = check.Take<float>("row_factor", row_factor, ffi::F32, {m, 1});
+  args.amax = check.Take<float>("amax", *amax, ffi::F32, {m + n});
+  return check.Finish(args);
+}
+
+inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(Buffer dy, Buffer col_factor,
+                                                                 Buffer row_factor, Buffer amax,
+                                                                 Output codes, Output row_scale,
+                                                                 Output codes_t, Output col_scale,
+                                                                 int32_t format) {
   Checker check("dy", dy, 2);
   const int64_t m = check.dim(0), n = check.dim(1);
   QuantizeGradient args{};
@@ -162,9 +190,7 @@ inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(
   args.row_scale = check.Take<float>("row_scale", *row_scale, ffi::F32, {m, 1});
   args.codes_t = check.Take<uint8_t>("codes_t", *codes_t, type, {n, m});
   args.col_scale = check.Take<float>("col_scale", *col_scale, ffi::F32, {1, n});
-  args.amax = check.Take<float>("amax", *amax, ffi::F32, {m + n});
-  args.row_floor = check.TakeIfPresent<float>("row_floor", row_floor, ffi::F32, m);
-  args.col_floor = check.TakeIfPresent<float>("col_floor", col_floor, ffi::F32, n);
+  args.amax = check.Take<float>("amax", amax, ffi::F32, {m + n});
   return check.Finish(args);
 }
 

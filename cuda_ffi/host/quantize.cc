@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "cuda_ffi/host/codes.h"
@@ -230,27 +231,34 @@ void ForTiles(int64_t length, const Work& work) {
   for (int64_t i = 0; i < length; i += kTile) work(i, std::min(kTile, length - i));
 }
 
-// Scales of a matrix's rows or columns, whose largest magnitudes are at least `floor` if there is
-// one, and its codes.
-void Quantize(const Source& s, bool by_row, const float* floor, float* scale, const Outputs& out,
-              ffi::ThreadPool pool) {
-  const Functions& f = Chosen();
+// The largest magnitudes of a matrix's rows or columns, at least `floor` if there is one.
+void FindAmax(const Source& s, bool by_row, const float* floor, float* to, ffi::ThreadPool pool) {
   const int64_t slices = by_row ? s.rows : s.cols, length = by_row ? s.cols : s.rows;
-  std::vector<float> inverse(slices);
   ParallelFor(pool, (slices + kTile - 1) / kTile, [&](int64_t band) {
     const int64_t first = band * kTile, count = std::min(kTile, slices - first);
     int32_t amax[kTile] = {};
     ForTiles(length, [&](int64_t begin, int64_t size) {
       const Block block =
           by_row ? Block{first, begin, count, size} : Block{begin, first, size, count};
-      f.amax(s, block, by_row, amax);
+      Chosen().amax(s, block, by_row, amax);
     });
     for (int64_t i = 0; i < count; ++i) {
       if (floor != nullptr) amax[i] = std::max<int32_t>(amax[i], BitsOf(floor[first + i]));
-      scale[first + i] = ScaleOf(amax[i], s.format);
-      inverse[first + i] = 1 / scale[first + i];
+      to[first + i] = FromBits(amax[i]);
     }
   });
+}
+
+// Scales of a matrix's rows or columns, from their largest magnitudes, and its codes.
+void Quantize(const Source& s, bool by_row, const float* amax, float* scale, const Outputs& out,
+              ffi::ThreadPool pool) {
+  const Functions& f = Chosen();
+  const int64_t slices = by_row ? s.rows : s.cols;
+  std::vector<float> inverse(slices);
+  for (int64_t i = 0; i < slices; ++i) {
+    scale[i] = ScaleOf(BitsOf(amax[i]), s.format);
+    inverse[i] = 1 / scale[i];
+  }
   ParallelFor(pool, (s.rows + kTile - 1) / kTile, [&](int64_t band) {
     const int64_t row = band * kTile, rows = std::min(kTile, s.rows - row);
     uint8_t tile[kTile * kTile];
@@ -274,8 +282,9 @@ void RunRows(const QuantizeRows& args, ffi::ThreadPool pool) {
     Clamp(args.outliers, i, source);
     const Outputs out{At(args.codes, i * rows * cols), At(args.codes_t, i * rows * cols),
                       At(args.packed, i * rows * ((cols + 1) / 2)), nullptr};
-    Quantize(source, /*by_row=*/true, At(args.amax_floor, i * rows), args.scale + i * rows, out,
-             pool);
+    float* const scale = args.scale + i * rows;  // the magnitudes' place until they are known
+    FindAmax(source, /*by_row=*/true, At(args.amax_floor, i * rows), scale, pool);
+    Quantize(source, /*by_row=*/true, scale, scale, out, pool);
   }
 }
 
@@ -286,22 +295,41 @@ void RunColumns(const QuantizeColumns& args, ffi::ThreadPool pool) {
     Clamp(args.outliers, i, source);
     const Outputs out{At(args.codes, i * rows * cols), At(args.codes_t, i * rows * cols), nullptr,
                       At(args.packed_t, i * cols * ((rows + 1) / 2))};
-    Quantize(source, /*by_row=*/false, At(args.amax_floor, i * cols), args.scale + i * cols, out,
-             pool);
+    float* const scale = args.scale + i * cols;
+    FindAmax(source, /*by_row=*/false, At(args.amax_floor, i * cols), scale, pool);
+    Quantize(source, /*by_row=*/false, scale, scale, out, pool);
+  }
+}
+
+// What is scaled of a gradient: each product's, of its i-th matrix.
+template <typename Args>
+std::pair<Source, Source> GradientSources(const Args& args, Format format, int64_t i) {
+  Source by_row = MakeSource(args.in, format, i), by_column = by_row;
+  by_row.col_factor = args.col_factor + i * args.in.cols;
+  by_column.row_factor = args.row_factor + i * args.in.rows;
+  return {by_row, by_column};
+}
+
+void RunGradientAmax(const GradientAmax& args, ffi::ThreadPool pool) {
+  const int64_t rows = args.in.rows, cols = args.in.cols;
+  for (int64_t i = 0; i < args.in.batch; ++i) {
+    const auto [by_row, by_column] = GradientSources(args, Format::kE2M1, i);
+    float* const amax = args.amax + i * (rows + cols);
+    FindAmax(by_row, true, nullptr, amax, pool);
+    FindAmax(by_column, false, nullptr, amax + rows, pool);
   }
 }
 
 void RunGradient(const QuantizeGradient& args, ffi::ThreadPool pool) {
   const int64_t rows = args.in.rows, cols = args.in.cols;
   for (int64_t i = 0; i < args.in.batch; ++i) {
-    Source by_row = MakeSource(args.in, args.format, i), by_column = by_row;
-    by_row.col_factor = args.col_factor + i * cols;
-    by_column.row_factor = args.row_factor + i * rows;
+    const auto [by_row, by_column] = GradientSources(args, args.format, i);
+    const float* const amax = args.amax + i * (rows + cols);
     uint8_t* codes = args.codes + i * rows * cols;
     uint8_t* codes_t = args.codes_t + i * rows * cols;
-    Quantize(by_row, true, At(args.row_floor, i * rows), args.row_scale + i * rows,
-             {codes, nullptr, nullptr, nullptr}, pool);
-    Quantize(by_column, false, At(args.col_floor, i * cols), args.col_scale + i * cols,
+    Quantize(by_row, true, amax, args.row_scale + i * rows, {codes, nullptr, nullptr, nullptr},
+             pool);
+    Quantize(by_column, false, amax + rows, args.col_scale + i * cols,
              {nullptr, codes_t, nullptr, nullptr}, pool);
   }
 }
@@ -311,4 +339,5 @@ void RunGradient(const QuantizeGradient& args, ffi::ThreadPool pool) {
 
 JFP4_HOST_HANDLER(Jfp4QuantizeRowsCpu, jfp4::QuantizeRowsCall, jfp4::host::RunRows);
 JFP4_HOST_HANDLER(Jfp4QuantizeColumnsCpu, jfp4::QuantizeColumnsCall, jfp4::host::RunColumns);
+JFP4_HOST_HANDLER(Jfp4GradientAmaxCpu, jfp4::GradientAmaxCall, jfp4::host::RunGradientAmax);
 JFP4_HOST_HANDLER(Jfp4QuantizeGradientCpu, jfp4::QuantizeGradientCall, jfp4::host::RunGradient);

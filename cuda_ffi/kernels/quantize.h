@@ -57,21 +57,29 @@ struct QuantizeColumns {
 };
 cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stream);
 
-// A gradient dy for both of its products: dy * col_factor with a scale a row, and dy * row_factor
-// with a scale a column, the latter transposed. row_factor and row_scale are [batch, rows],
-// col_factor and col_scale [batch, cols]; `amax` is scratch, batch * (rows + cols) numbers.
+// The largest magnitudes of a gradient dy for both of its products: of the rows of dy * col_factor,
+// then of the columns of dy * row_factor, `amax` being [batch, rows + cols]. Its bits compare as
+// integers: a NaN is above all. row_factor is [batch, rows], col_factor [batch, cols].
+struct GradientAmax {
+  QuantizeInput in;
+  const float* col_factor;
+  const float* row_factor;
+  float* amax;
+};
+cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream);
+
+// The gradient's codes, of a scale a row, and transposed of one a column, which these magnitudes
+// give: of a part of a gradient, the whole's. row_scale is [batch, rows], col_scale [batch, cols].
 struct QuantizeGradient {
   QuantizeInput in;
   Format format;
   const float* col_factor;
   const float* row_factor;
+  const float* amax;
   uint8_t* codes;
   float* row_scale;
   uint8_t* codes_t;
   float* col_scale;
-  float* amax;
-  const float* row_floor;
-  const float* col_floor;
 };
 cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t stream);
 

@@ -51,8 +51,9 @@ __global__ void __launch_bounds__(kAnyThreads) AnyRowScaleKernel(const __grid_co
   __shared__ uint32_t warp_amax[kAnyThreads / kWarp];
   const int64_t batch = blockIdx.x / args.in.rows, row = blockIdx.x % args.in.rows;
   const Limits limits = LoadLimits(args.outliers, batch);
+  const int64_t cols = args.known_amax == nullptr ? args.in.cols : 0;  // to look at
   uint32_t amax = 0;
-  for (int64_t col = threadIdx.x; col < args.in.cols; col += kAnyThreads) {
+  for (int64_t col = threadIdx.x; col < cols; col += kAnyThreads) {
     amax = max(amax, ClippedMagnitude(AnyElement(args, batch, row, col), limits));
   }
   amax = WarpMax(amax);
@@ -60,8 +61,8 @@ __global__ void __launch_bounds__(kAnyThreads) AnyRowScaleKernel(const __grid_co
   __syncthreads();
   if (threadIdx.x == 0) {
     for (const uint32_t other : warp_amax) amax = max(amax, other);
-    if (args.amax_floor != nullptr) {
-      amax = max(amax, __float_as_uint(args.amax_floor[blockIdx.x]));
+    for (const float* least : {args.amax_floor, args.known_amax}) {
+      if (least != nullptr) amax = max(amax, __float_as_uint(least[blockIdx.x]));
     }
     args.row_scale[blockIdx.x] = ScaleOf(amax, args.format);
   }
@@ -102,7 +103,8 @@ __global__ void __launch_bounds__(kAnyThreads) AnyTileKernel(const __grid_consta
   float col_scale = 0;
   if (args.row_scale == nullptr && col < cols) {
     const int64_t slice = batch * cols + col;
-    col_scale = ScaleOf(__float_as_uint(args.col_amax[slice]), args.format);
+    const float* amax = args.known_amax == nullptr ? args.col_amax : args.known_amax;
+    col_scale = ScaleOf(__float_as_uint(amax[slice]), args.format);
     if (first_row == 0 && step == 0) args.col_scale[slice] = col_scale;
   }
   for (int i = step; i < kAnyTile; i += kStep) {
@@ -147,8 +149,10 @@ cudaError_t LaunchAny(const Any& args, cudaStream_t stream) {
     if (error != cudaSuccess || in.cols == 0) return error;
   } else {
     if (in.batch * in.cols == 0) return cudaSuccess;
-    error = StartAmax(args.col_amax, args.amax_floor, in.batch * in.cols, stream);
-    if (error == cudaSuccess && in.rows > 0) {
+    if (args.known_amax == nullptr) {
+      error = StartAmax(args.col_amax, args.amax_floor, in.batch * in.cols, stream);
+    }
+    if (error == cudaSuccess && in.rows > 0 && args.known_amax == nullptr) {
       const int64_t blocks = in.batch * CeilDiv(in.rows, kAnyRows) * CeilDiv(in.cols, kAnyThreads);
       error = Launch(AnyColumnAmaxKernel, blocks, kAnyThreads, stream, args);
     }

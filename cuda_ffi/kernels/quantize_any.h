@@ -10,7 +10,8 @@
 
 namespace jfp4 {
 
-// Scales along one axis: the row's if row_scale is set, else the column's, from col_amax.
+// Scales along one axis: the row's if row_scale is set, else the column's, from col_amax, which is
+// scratch. Known magnitudes, of the rows or the columns, are not looked for.
 struct Any {
   QuantizeInput in;
   Outliers outliers;
@@ -21,6 +22,7 @@ struct Any {
   float* col_scale;
   float* col_amax;
   const float* amax_floor;
+  const float* known_amax;
   uint8_t* codes;
   uint8_t* codes_t;
   uint8_t* packed;

@@ -1,6 +1,8 @@
 // A gradient for both of its products: a scale a row and one a column, each of its own product. No
 // element has a code before all of its row and of its column are known, so the gradient is read
 // twice: for the largest magnitudes, then, backwards, for the codes of both layouts.
+#include <type_traits>
+
 #include "cuda_ffi/kernels/quantize.cuh"
 #include "cuda_ffi/kernels/quantize_any.h"
 
@@ -12,17 +14,12 @@ constexpr int kInFlight = 4;  // loads of a thread
 // The end of the gradient that is to stay in L2 between the passes.
 constexpr int kKeptBytes = 24 << 20;
 
-// Where the largest magnitudes of the rows and of the columns of a matrix are found.
-struct GradientAmax {
-  uint32_t* rows;
-  uint32_t* cols;
-
-  __device__ GradientAmax(const QuantizeGradient& args, int64_t batch) {
-    uint32_t* amax = reinterpret_cast<uint32_t*>(args.amax);
-    rows = amax + batch * args.in.rows;
-    cols = amax + args.in.batch * args.in.rows + batch * args.in.cols;
-  }
-};
+// The largest magnitudes of a matrix's rows, which those of its columns follow, as integers.
+template <typename Float>
+__device__ __forceinline__ auto AmaxOf(const QuantizeInput& in, Float* amax, int64_t batch) {
+  using Bits = std::conditional_t<std::is_const_v<Float>, const uint32_t, uint32_t>;
+  return reinterpret_cast<Bits*>(amax) + batch * (in.rows + in.cols);
+}
 
 template <int kElements>
 __device__ __forceinline__ void LoadFactors(const float* from, float (&factors)[kElements]) {
@@ -36,15 +33,14 @@ __device__ __forceinline__ void LoadFactors(const float* from, float (&factors)[
   }
 }
 
-// First pass. Lanes have the vectors of a row, warps the rows of a chunk in turn. Raises args.amax,
-// whose values are compared as integers.
+// First pass. Lanes have the vectors of a row, warps the rows of a chunk in turn. Raises args.amax.
 constexpr int kAmaxRows = 128;
 template <DType kType>
 constexpr int kAmaxCols = kWarp * kPerVector<kType>;
 
 template <DType kType>
 __global__ void __launch_bounds__(kTileThreads)
-    GradientAmaxKernel(const __grid_constant__ QuantizeGradient args) {
+    GradientAmaxKernel(const __grid_constant__ GradientAmax args) {
   constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
   constexpr int kWarps = kTileThreads / kWarp;
   static_assert(kAmaxRows % (kInFlight * kWarps) == 0 && kCols <= kTileThreads);
@@ -53,7 +49,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t col = at.first_col + lane * kElements;
   const bool inside = col < args.in.cols;
-  const GradientAmax amax(args, at.batch);
+  uint32_t* const amax = AmaxOf(args.in, args.amax, at.batch);
   const bool keep = gridDim.x - blockIdx.x <= kKeptBytes / (kAmaxRows * kWarp * kVectorBytes);
 
   float col_factor[kElements] = {}, largest[kElements] = {};
@@ -81,7 +77,7 @@ __global__ void __launch_bounds__(kTileThreads)
         largest[j] = MaxOrNaN(largest[j], fabsf(__fmul_rn(v[j], row_factor)));
       }
       const uint32_t all = WarpMax(__float_as_uint(of_row));
-      if (lane == 0) atomicMax(amax.rows + r, all);
+      if (lane == 0) atomicMax(amax + r, all);
     }
   }
 #pragma unroll
@@ -93,8 +89,30 @@ __global__ void __launch_bounds__(kTileThreads)
     uint32_t all = 0;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) all = max(all, magnitudes[i][threadIdx.x]);
-    atomicMax(amax.cols + at.first_col + threadIdx.x, all);
+    atomicMax(amax + args.in.rows + at.first_col + threadIdx.x, all);
   }
+}
+
+// The same of any shape and alignment: a warp has a row of a strip of columns at a time.
+__global__ void __launch_bounds__(kTileThreads)
+    AnyGradientAmaxKernel(const __grid_constant__ GradientAmax args) {
+  const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxRows, kWarp);
+  const int lane = threadIdx.x % kWarp;
+  uint32_t* const amax = AmaxOf(args.in, args.amax, at.batch);
+  const int64_t col = at.first_col + lane;
+  float largest = 0;
+  for (int i = threadIdx.x / kWarp; i < at.rows; i += kTileThreads / kWarp) {
+    const int64_t row = at.first_row + i, slice = at.batch * args.in.rows + row;
+    float of_row = 0;
+    if (lane < at.cols) {
+      const float v = LoadElement(args.in.x, args.in.type, slice * args.in.cols + col);
+      of_row = fabsf(__fmul_rn(v, args.col_factor[at.batch * args.in.cols + col]));
+      largest = MaxOrNaN(largest, fabsf(__fmul_rn(v, args.row_factor[slice])));
+    }
+    const uint32_t all = WarpMax(__float_as_uint(of_row));
+    if (lane == 0) atomicMax(amax + row, all);
+  }
+  if (lane < at.cols) atomicMax(amax + args.in.rows + col, __float_as_uint(largest));
 }
 
 // Second pass: the codes, those of the columns by way of a tile.
@@ -113,7 +131,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   const Place at(gridDim.x - 1 - blockIdx.x, args.in.rows, args.in.cols, kTile, kTile);
   const int col = threadIdx.x % kLanes * kElements, lane_row = threadIdx.x / kLanes;
   const bool inside = col < at.cols;
-  const GradientAmax amax(args, at.batch);
+  const uint32_t* const amax = AmaxOf(args.in, args.amax, at.batch);
 
   const int64_t origin =
       (at.batch * args.in.rows + at.first_row) * args.in.cols + at.first_col + col;
@@ -130,7 +148,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   load(lane_row);
   if (threadIdx.x < at.rows) {
     const int64_t row = at.first_row + threadIdx.x, slice = at.batch * args.in.rows + row;
-    const float scale = ScaleOf(amax.rows[row], kFormat);
+    const float scale = ScaleOf(amax[row], kFormat);
     row_inverses[threadIdx.x] = __frcp_rn(scale);
     row_factors[threadIdx.x] = args.row_factor[slice];
     if (at.first_col == 0) args.row_scale[slice] = scale;
@@ -142,7 +160,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     float inverses[kElements];
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      const float scale = ScaleOf(amax.cols[at.first_col + col + i], kFormat);
+      const float scale = ScaleOf(amax[args.in.rows + at.first_col + col + i], kFormat);
       inverses[i] = __frcp_rn(scale);
       if (at.first_row == 0 && lane_row == 0) args.col_scale[slice + i] = scale;
     }
@@ -179,57 +197,67 @@ __global__ void __launch_bounds__(kTileThreads, 4)
       args.codes_t + (at.batch * args.in.cols + at.first_col) * args.in.rows + at.first_row);
 }
 
-// --- launching ---
-
 cudaError_t LaunchGradientTiles(const QuantizeGradient& args, cudaStream_t stream) {
-  const QuantizeInput& in = args.in;
-  const int64_t rows = in.batch * in.rows, cols = in.batch * in.cols;
-  cudaError_t error;
-  if (args.row_floor == nullptr && args.col_floor == nullptr) {
-    error = StartAmax(args.amax, nullptr, rows + cols, stream);
-  } else {
-    error = StartAmax(args.amax, args.row_floor, rows, stream);
-    if (error == cudaSuccess) error = StartAmax(args.amax + rows, args.col_floor, cols, stream);
-  }
-  if (error != cudaSuccess) return error;
-  error = WithType(in.type, [&](auto type) {
-    const int64_t blocks =
-        in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, kAmaxCols<type()>);
-    return Launch(GradientAmaxKernel<type()>, blocks, kTileThreads, stream, args);
-  });
-  if (error != cudaSuccess) return error;
-  return WithType(in.type, [&](auto type) {
+  return WithType(args.in.type, [&](auto type) {
     return WithFormat(args.format, [&](auto format) {
-      return Launch(GradientTileKernel<type(), format()>, TileBlocks(in), kTileThreads, stream,
+      return Launch(GradientTileKernel<type(), format()>, TileBlocks(args.in), kTileThreads, stream,
                     args);
     });
   });
 }
 
+// Matrix by matrix, since magnitudes of rows and columns take turns.
 cudaError_t LaunchAnyGradient(const QuantizeGradient& args, cudaStream_t stream) {
-  const QuantizeInput& in = args.in;
-  Any rows = {in, {}, args.format};
-  rows.col_factor = args.col_factor;
-  rows.row_scale = args.row_scale;
-  rows.amax_floor = args.row_floor;
-  rows.codes = args.codes;
-  Any columns = {in, {}, args.format};
-  columns.row_factor = args.row_factor;
-  columns.col_scale = args.col_scale;
-  columns.col_amax = args.amax + in.batch * in.rows;
-  columns.amax_floor = args.col_floor;
-  columns.codes_t = args.codes_t;
-  const cudaError_t error = LaunchAny(rows, stream);
-  return error == cudaSuccess ? LaunchAny(columns, stream) : error;
+  for (int64_t i = 0; i < args.in.batch; ++i) {
+    QuantizeInput in = args.in;
+    const int64_t element = i * in.rows * in.cols;
+    in.x = static_cast<const char*>(in.x) + element * ElementBytes(in.type);
+    in.batch = 1;
+    Any rows = {in, {}, args.format};
+    rows.col_factor = args.col_factor + i * in.cols;
+    rows.row_scale = args.row_scale + i * in.rows;
+    rows.known_amax = args.amax + i * (in.rows + in.cols);
+    rows.codes = args.codes + element;
+    Any columns = {in, {}, args.format};
+    columns.row_factor = args.row_factor + i * in.rows;
+    columns.col_scale = args.col_scale + i * in.cols;
+    columns.known_amax = rows.known_amax + in.rows;
+    columns.codes_t = args.codes_t + element;
+    for (const Any& both : {rows, columns}) {
+      const cudaError_t error = LaunchAny(both, stream);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+// Whether a thread can take vectors, of the gradient and of its factors.
+bool TakesVectors(const QuantizeInput& in, const float* col_factor, const uint8_t* codes) {
+  return HasVectors(in, codes, nullptr) && IsAligned(col_factor, sizeof(float4));
 }
 
 }  // namespace
 
-cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t stream) {
+cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
-  if (in.batch == 0) return cudaSuccess;
-  if (!HasVectors(in, args.codes, nullptr) || !HasGroups(in, args.codes_t, nullptr) ||
-      !IsAligned(args.col_factor, sizeof(float4))) {
+  const cudaError_t error = StartAmax(args.amax, nullptr, in.batch * (in.rows + in.cols), stream);
+  if (error != cudaSuccess || in.batch * in.rows * in.cols == 0) return error;
+  const auto blocks = [&](int cols) {
+    return in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, cols);
+  };
+  if (!TakesVectors(in, args.col_factor, nullptr)) {
+    return Launch(AnyGradientAmaxKernel, blocks(kWarp), kTileThreads, stream, args);
+  }
+  return WithType(in.type, [&](auto type) {
+    return Launch(GradientAmaxKernel<type()>, blocks(kAmaxCols<type()>), kTileThreads, stream,
+                  args);
+  });
+}
+
+cudaError_t LaunchQuantizeGradient(const QuantizeGradient& args, cudaStream_t stream) {
+  if (args.in.batch == 0) return cudaSuccess;
+  if (!TakesVectors(args.in, args.col_factor, args.codes) ||
+      !HasGroups(args.in, args.codes_t, nullptr)) {
     return LaunchAnyGradient(args, stream);
   }
   return LaunchGradientTiles(args, stream);

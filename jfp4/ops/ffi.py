@@ -36,7 +36,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
 """What has kernels."""
 
-INTERFACE = 6
+INTERFACE = 7
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -323,14 +323,26 @@ def quantize_columns(
     return _quantized(outputs, shapes, want, scale)
 
 
+def gradient_amax(
+    dy: Float[Array, "*b m n"],
+    col_factor: Float32[Array, "*b 1 n"],
+    row_factor: Float32[Array, "*b m 1"],
+) -> Float32[Array, "*b m+n"]:
+    """Largest magnitudes of the rows of ``dy * col_factor`` and the columns of ``dy * row_factor``.
+
+    NaN where there is one. See ``quantize_gradient``.
+    """
+    *batch, m, n = dy.shape
+    return _call("jfp4_gradient_amax", _float32(*batch, m + n))(dy, col_factor, row_factor)
+
+
 def quantize_gradient(
     dy: Float[Array, "*b m n"],
     col_factor: Float32[Array, "*b 1 n"],
     row_factor: Float32[Array, "*b m 1"],
+    amax: Float32[Array, "*b m+n"],
     *,
     format: str,
-    row_floor: Float32[Array, "*b m 1"] | None = None,
-    col_floor: Float32[Array, "*b 1 n"] | None = None,
 ) -> tuple[Array, Float32[Array, "*b m 1"], Array, Float32[Array, "*b 1 n"]]:
     """Quantises a gradient for both of its products in one call.
 
@@ -338,10 +350,8 @@ def quantize_gradient(
         dy: bfloat16, float16 or float32; no axis is empty.
         col_factor: multiplies dy for the product that contracts over n.
         row_factor: multiplies dy for the product that contracts over m.
+        amax: by ``gradient_amax``; of a part of a gradient, the whole's.
         format: the codes' format.
-        row_floor: what the largest magnitude of each row of ``dy * col_factor`` is at least; see
-            ``quantize_rows``.
-        col_floor: of each column of ``dy * row_factor``, likewise.
 
     Returns:
         Codes [m, n] of ``dy * col_factor`` and their scale a row; codes [n, m] of
@@ -354,17 +364,10 @@ def quantize_gradient(
         _float32(*batch, m, 1),
         jax.ShapeDtypeStruct((*batch, n, m), dtype),
         _float32(*batch, 1, n),
-        _float32(*batch, m + n),  # scratch
     )
-    *outputs, _ = _call("jfp4_quantize_gradient", results)(
-        dy,
-        col_factor,
-        row_factor,
-        _floor(batch, row_floor),
-        _floor(batch, col_floor),
-        format=_index(format),
+    codes, row_scale, codes_t, col_scale = _call("jfp4_quantize_gradient", results)(
+        dy, col_factor, row_factor, amax, format=_index(format)
     )
-    codes, row_scale, codes_t, col_scale = outputs
     return codes, row_scale, codes_t, col_scale
 
 

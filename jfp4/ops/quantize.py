@@ -119,18 +119,17 @@ def quantize_gradient(
         return rows.astype(carrier), row_scale, columns.astype(carrier), col_scale
 
     def kernel(part: Part, dy: Array, col_factor: Array, row_factor: Array) -> tuple[Array, ...]:
-        # A kernel knows no more of a row or a column than its own part, but can be told.
+        m, n = dy.shape
+        dy = kernel_input(dy)
+        factors = jnp.broadcast_to(col_factor, (1, n)), jnp.broadcast_to(row_factor, (m, 1))
+        amax = ffi.gradient_amax(dy, *factors)
         across_rows, across_columns = part.divides("n"), part.divides("m")
-        wide = jnp.asarray(dy, jnp.float32)
-        row_floor = amax_of(wide * col_factor, 1, across_rows) if across_rows else None
-        col_floor = amax_of(wide * row_factor, 0, across_columns) if across_columns else None
+        if across_rows or across_columns:
+            # Of a row or a column that is divided, a device has seen its own part alone.
+            own = zip(jnp.split(amax, [m]), (across_rows, across_columns), strict=True)
+            amax = jnp.concatenate([_largest(x, across) for x, across in own])
         codes, row_scale, codes_t, col_scale = ffi.quantize_gradient(
-            kernel_input(dy),
-            jnp.broadcast_to(col_factor, (1, dy.shape[1])),
-            jnp.broadcast_to(row_factor, (dy.shape[0], 1)),
-            format=format,
-            row_floor=row_floor,
-            col_floor=col_floor,
+            dy, *factors, amax, format=format
         )
         return codes, row_scale, codes_t.T, col_scale
 
@@ -289,7 +288,15 @@ def amax_of(x: Float32[Array, "..."], axis: int | None, across: Axes = ()) -> Fl
     # floats loses NaNs on CPUs once XLA takes it over vectors.
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     bits = jnp.max(bits, axis=axis, keepdims=True, initial=0)
-    return lax.bitcast_convert_type(lax.pmax(bits, across) if across else bits, jnp.float32)
+    return _largest(lax.bitcast_convert_type(bits, jnp.float32), across)
+
+
+def _largest(magnitudes: Float32[Array, "..."], across: Axes) -> Float32[Array, "..."]:
+    """The largest of all devices along these mesh axes, or NaN."""
+    if not across:
+        return magnitudes
+    bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
+    return lax.bitcast_convert_type(lax.pmax(bits, across), jnp.float32)
 
 
 def reciprocal(scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
