@@ -151,7 +151,12 @@ def test_what_a_compiled_layer_calls(backend, recipe):
     """Each tensor is quantised once, for all of its products, and none is transposed."""
     text = jax.jit(functools.partial(step, recipe=recipe)).lower(X, W, DY).compile().as_text()
     calls = collections.Counter(re.findall(r'custom_call_target="jfp4_(\w+)"', text))
-    quantizers = {"quantize_rows": 1, "quantize_columns": 1, "quantize_gradient": 1}
+    quantizers = {
+        "quantize_rows": 1,
+        "quantize_columns": 1,
+        "quantize_gradient": 1,
+        "gradient_amax": 1,
+    }
     assert calls == quantizers | {"gemm": 3} | ({"thresholds": 1} if recipe == "fp4" else {})
     assert " transpose(" not in text
 
