@@ -253,9 +253,12 @@ class Attention(nnx.Module):
         c = self.config
         b, s, _ = x.shape
         qkv = checkpoint_name(self.qkv_proj(x), _QKV).reshape(b, s, c.num_kv_heads, -1, c.head_dim)
-        q = rotate(qkv[..., :-2, :].reshape(b, s, c.num_heads, c.head_dim), sin_cos)
-        k = rotate(qkv[..., -2, :], sin_cos)
-        y = attend(q, k, qkv[..., -1, :], attention_implementation(c))
+        # Not by slices, whose gradients are filled up with zeros and added.
+        group = c.num_heads // c.num_kv_heads
+        q, k, v = jnp.split(qkv, (group, group + 1), axis=-2)
+        q = rotate(q.reshape(b, s, c.num_heads, c.head_dim), sin_cos)
+        k = rotate(k[..., 0, :], sin_cos)
+        y = attend(q, k, v[..., 0, :], attention_implementation(c))
         return checkpoint_name(self.o_proj(y.reshape(b, s, -1)), _PRODUCTS)
 
 
