@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float32, UInt32
 
 from jfp4 import master
@@ -282,7 +283,7 @@ class AdamW:
         return with_moments(counted, mu, nu)
 
 
-def _divided_amid_blocks(place: Any, *moments: Any) -> str:
+def _divided_amid_blocks(place: NamedSharding | None, *moments: Any) -> str:
     """Why the mesh leaves no device the whole of each block; empty if it does."""
     for moment in moments:
         if isinstance(moment, Blocks):

@@ -244,7 +244,7 @@ def by_parts(fn: Callable[..., T], place: NamedSharding | None, arrays: Any, *wh
     first, *_ = jax.tree.leaves(arrays)
     if place is None:
         return fn((0,) * first.ndim, arrays, *whole)
-    entries = (*place.spec, *[None] * (first.ndim - len(place.spec)))
+    entries = _entries(place.spec, first.ndim)
 
     def of_part(arrays: Any, *whole: Array) -> T:
         shape = jax.tree.leaves(arrays)[0].shape
@@ -269,8 +269,7 @@ def parts_of_axis(place: NamedSharding | None, axis: int, ndim: int) -> int:
     """Into how many parts an array's axis is divided."""
     if place is None:
         return 1
-    entries = (*place.spec, *[None] * (ndim - len(place.spec)))
-    return _product(_axes(entries[axis]), place.mesh.shape)
+    return _product(_axes(_entries(place.spec, ndim)[axis]), place.mesh.shape)
 
 
 def _automatically(
@@ -371,10 +370,9 @@ class _Dims:
 
     def axes(self, spec: PartitionSpec) -> dict[str, Axes]:
         """The mesh axes that a sharding divides each factor by."""
-        entries = (*spec, *[None] * (len(self.shape) - len(spec)))
         return {
             factor: _axes(entry)
-            for factor, entry in zip(self.factors, entries, strict=True)
+            for factor, entry in zip(self.factors, _entries(spec, len(self.shape)), strict=True)
             if factor is not None
         }
 
@@ -524,6 +522,11 @@ def _common(specs: Sequence[Axes]) -> Axes:
         axes[0]
         for axes in itertools.takewhile(lambda axes: len(set(axes)) == 1, zip(*specs, strict=False))
     )
+
+
+def _entries(spec: PartitionSpec, ndim: int) -> tuple[Any, ...]:
+    """The entry of every axis: those at the end may have been left out."""
+    return (*spec, *[None] * (ndim - len(spec)))
 
 
 def _axes(entry: Any) -> Axes:

@@ -8,6 +8,7 @@ the divided program sends, and in how many places each result differs.
 import contextlib
 import functools
 import json
+import math
 import sys
 import warnings
 
@@ -314,7 +315,7 @@ def optimizer(results, backend):
         wanted = steps(None, True)
     kinds = {"told": AxisType.Auto, "not told": AxisType.Auto, "explicit": AxisType.Explicit}
     for case, kind in kinds.items():
-        if backend == "xla" and case == "explicit":  # which would have the state lie so, too
+        if backend == "xla" and case == "explicit":  # whose blocks it would not make of a part
             continue
         mesh = make_mesh((2, 2, 2), kind)
         with warnings.catch_warnings(record=True) as caught, jfp4.backend(backend):
@@ -323,6 +324,9 @@ def optimizer(results, backend):
                 found = steps(mesh, case == "told")
         differ = {name: max(differences(found[name], wanted[name])) for name in leaves}
         results[f"adamw, {case}"] = differ, sorted({str(warning.message) for warning in caught})
+
+    # As many numbers as can differ: each leaf's values, or those of either of its moments.
+    results["adamw numbers"] = sum(math.prod(shape) for shape, _ in leaves.values())
 
     # Of a stack alone: what is sent, and what is held besides what is replaced.
     mesh = make_mesh((2, 2, 2))

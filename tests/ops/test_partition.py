@@ -127,7 +127,7 @@ def test_an_optimizer_step_is_that_of_one_device(found, case, request):
     """Random bits too, wherever on the mesh an element lies; and what XLA computes is said."""
     by_kernel = "host" in request.node.callspec.id
     if case == "explicit" and not by_kernel:
-        pytest.skip("XLA's step takes a state that lies as the parameters do")
+        pytest.skip("on explicit axes XLA's step refuses a last axis that is divided")
     differ, warned = found[f"adamw, {case}"]
     expected = {"told": "the last axis, of 3 blocks of moments, by 2: XLA takes the step",
                 "not told": "expected where each parameter lies: XLA takes the step"}  # fmt: skip
@@ -136,8 +136,11 @@ def test_an_optimizer_step_is_that_of_one_device(found, case, request):
         assert expected[case] in message
     else:
         assert warned == []
-    if case == "not told" and by_kernel:  # XLA's roundings of float32, against the kernel's
-        assert sum(differ.values()) <= 5
+    if case == "not told" and by_kernel:
+        # XLA's roundings of float32 against the kernel's: they move what is rounded by 8 units in
+        # the last place at most, of which a step of float16, the finest of what is kept, has 2**13.
+        # Other random bits would move half of it.
+        assert sum(differ.values()) <= found["adamw numbers"] * 8 * 2.0**-13
     else:
         assert set(differ.values()) == {0}
 
