@@ -316,14 +316,14 @@ def attend(
 ) -> Float[Array, "b s h e"]:
     """Causal attention; ``g`` key heads are each shared by ``h / g`` query heads."""
 
-    def dot(q: Array, k: Array, v: Array) -> Array:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    def dot(q: Array, k: Array, v: Array, by: Literal["xla", "cudnn"] = implementation) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=by)
 
     if q.dtype != jnp.float16:
         return dot(q, k, v)
 
-    def wide(*operands: Array) -> Array:
-        return dot(*(x.astype(jnp.float32) for x in operands)).astype(jnp.float16)
+    def wide(*operands: Array) -> Array:  # cuDNN refuses float32 even where it is not to compute
+        return dot(*(x.astype(jnp.float32) for x in operands), by="xla").astype(jnp.float16)
 
     # CPUs have no such product.
     return jax.lax.platform_dependent(q, k, v, cpu=wide, default=dot)

@@ -10,8 +10,8 @@ from train.step import Trainer
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("remat", ["none", "qkv"])
-def test_equal_steps_are_equal_bit_for_bit(remat):
+@pytest.mark.parametrize(("remat", "dtype"), [("none", "bfloat16"), ("qkv", "float16")])
+def test_equal_steps_are_equal_bit_for_bit(remat, dtype):
     """Of layers written out, whose attention is cuDNN's, and with a word that comes often."""
     config = parse(
         [
@@ -23,6 +23,7 @@ def test_equal_steps_are_equal_bit_for_bit(remat):
             "--model.num_kv_heads=4",
             "--model.mlp_dim=512",
             f"--model.remat={remat}",
+            f"--model.dtype={dtype}",
             "--batch_size=8",
             "--seq_len=512",
         ]
