@@ -177,7 +177,8 @@ def train(name: str, run_dir: Path, flags: Sequence[str], gpu: int) -> None:
         text=True,
     )
     if done.returncode != 0 and "not finite" not in done.stderr:
-        raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
+        # All of its last words: what JAX ends with is a remark on how it shows tracebacks.
+        raise UserError("\n".join([f"{name} failed:", *done.stderr.splitlines()[-20:]]))
 
 
 def summarize(run_dir: Path, job: Job) -> dict[str, Any]:
