@@ -650,14 +650,21 @@ void CheckThresholds(DType type, std::mt19937& rng) {
   }
 }
 
-int RunChecks() {
+// Of the groups with `pattern` in their names; all of them with an empty one.
+int RunChecks(const std::string& pattern) {
+  const auto chosen = [&](const std::string& name) {
+    return name.find(pattern) != std::string::npos;
+  };
   std::mt19937 rng(1);
-  for (const DType type : kTypes) CheckThresholds(type, rng);
-  CheckFlushEdge();
+  for (const DType type : kTypes) {
+    if (chosen("thresholds")) CheckThresholds(type, rng);
+  }
+  if (chosen("flush at the edge")) CheckFlushEdge();
   for (const DType type : kTypes) {
     for (const Format format : kFormats) {
       for (int clip = 0; clip < 3; ++clip) {
         const Setting s = {type, format, clip};
+        if (!chosen(Text(s))) continue;
         // The large shapes once a kernel: what depends on the format does not on the shape.
         const bool large =
             format == Format::kE2M1 && (type == DType::kBF16 ? clip != 1 : clip == 0);
@@ -671,7 +678,9 @@ int RunChecks() {
           CheckRowsOrColumns(&group, s, shapes[i], false, i, rng);
         }
       }
-      Group group("gradient " + Text(Setting{type, format, 0}));
+      const std::string name = "gradient " + Text(Setting{type, format, 0});
+      if (!chosen(name)) continue;
+      Group group(name);
       std::vector<Shape> shapes = SmallShapes();
       if (format == Format::kE5M2) {
         for (const Shape& shape : LargeShapes()) shapes.push_back(shape);
@@ -888,5 +897,5 @@ int main(int argc, char** argv) {
     jfp4::RunBench();
     return 0;
   }
-  return jfp4::RunChecks();
+  return jfp4::RunChecks(argc > 1 ? argv[1] : "");
 }
