@@ -20,19 +20,63 @@ static_assert(kLanes == 16, "half a warp has a block, and shuffles within it");
 
 // --- elements in memory ---
 
-template <int kCount>
-__device__ __forceinline__ void LoadWords(const void* from, int64_t offset_bytes,
-                                          uint32_t (&words)[kCount]) {
-  const auto* at = static_cast<const char*>(from) + offset_bytes;
-  if constexpr (kCount == 2) {
+__host__ __device__ constexpr int ElementBytes(Moment type) {
+  return type == Moment::kE4M3 ? 1 : type == Moment::kF16 ? 2 : 4;
+}
+
+// kEach elements as memory has them, in as many of the words as they fill.
+struct Words {
+  uint32_t word[kEach];
+};
+
+// What is fetched is decoded later: all of a thread's fetches are to be under way together, and a
+// branch by type that also decoded would wait for each.
+__device__ __forceinline__ Words Fetch(const void* from, int element_bytes, int64_t offset) {
+  const auto* at = static_cast<const char*>(from) + offset * element_bytes;
+  Words words;
+  if (element_bytes == 1) {
     const uint2 v = *reinterpret_cast<const uint2*>(at);
-    words[0] = v.x, words[1] = v.y;
-  } else {
+    words.word[0] = v.x, words.word[1] = v.y;
+    return words;
+  }
+  const auto quarter = [&](int i) {
+    const uint4 v = *reinterpret_cast<const uint4*>(at + 4 * i);
+    words.word[i] = v.x, words.word[i + 1] = v.y;
+    words.word[i + 2] = v.z, words.word[i + 3] = v.w;
+  };
+  quarter(0);
+  if (element_bytes == 4) quarter(4);
+  return words;
+}
+
+template <DType kType>
+__device__ __forceinline__ void DecodeAs(const Words& words, float (&to)[kEach]) {
+  constexpr int kElements = Word<kType>::kElements;
 #pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(at + 4 * i);
-      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+  for (int i = 0; i < kEach; ++i) {
+    to[i] = Word<kType>::Get(words.word[i / kElements], i % kElements);
+  }
+}
+
+__device__ __forceinline__ void Decode(const Words& words, DType type, float (&to)[kEach]) {
+  switch (type) {
+    case DType::kBF16:
+      return DecodeAs<DType::kBF16>(words, to);
+    case DType::kF16:
+      return DecodeAs<DType::kF16>(words, to);
+    case DType::kF32:
+      return DecodeAs<DType::kF32>(words, to);
+  }
+}
+
+__device__ __forceinline__ void Decode(const Words& words, Moment type, float (&to)[kEach]) {
+  if (type == Moment::kE4M3) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      to[i] = FromByte<Format::kE4M3>(words.word[i / 4] >> 8 * (i % 4) & 0xFF);
     }
+  } else {
+    Decode(words, type == Moment::kF16 ? DType::kF16 : DType::kF32, to);
   }
 }
 
@@ -48,42 +92,6 @@ __device__ __forceinline__ void StoreWords(void* to, int64_t offset_bytes,
       *reinterpret_cast<uint4*>(at + 4 * i) =
           make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
     }
-  }
-}
-
-template <DType kType>
-__device__ __forceinline__ void LoadAs(const void* from, int64_t offset, float (&to)[kEach]) {
-  constexpr int kElements = Word<kType>::kElements;
-  uint32_t words[kEach / kElements];
-  LoadWords(from, offset * ElementBytes(kType), words);
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) to[i] = Word<kType>::Get(words[i / kElements], i % kElements);
-}
-
-// kEach numbers from a multiple of kEach on.
-__device__ __forceinline__ void Load(const void* from, DType type, int64_t offset,
-                                     float (&to)[kEach]) {
-  switch (type) {
-    case DType::kBF16:
-      return LoadAs<DType::kBF16>(from, offset, to);
-    case DType::kF16:
-      return LoadAs<DType::kF16>(from, offset, to);
-    case DType::kF32:
-      return LoadAs<DType::kF32>(from, offset, to);
-  }
-}
-
-__device__ __forceinline__ void Load(const void* from, Moment type, int64_t offset,
-                                     float (&to)[kEach]) {
-  if (type == Moment::kE4M3) {
-    uint32_t words[kEach / 4];
-    LoadWords(from, offset, words);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      to[i] = FromByte<Format::kE4M3>(words[i / 4] >> 8 * (i % 4) & 0xFF);
-    }
-  } else {
-    Load(from, type == Moment::kF16 ? DType::kF16 : DType::kF32, offset, to);
   }
 }
 
@@ -193,22 +201,29 @@ __device__ __forceinline__ uint32_t LargestOf(uint32_t value, uint32_t mask) {
 
 // Rows of whole blocks: half a warp has one, in registers.
 __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t blocks) {
-  const AdamW::Rates rates = *args.rates;
   const uint32_t block = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
-  if (rates.finite == 0 || block >= blocks) return;
+  if (block >= blocks) return;
   const uint32_t lane = threadIdx.x % kLanes, half = 0xFFFFu << (threadIdx.x & kLanes);
-  const Place place(args, block, AdamW::kBlock);
-  const int64_t offset = place.first + lane * kEach;
-  const uint32_t column = place.column + lane * kEach;
-
-  float grad[kEach], param[kEach], first[kEach], second[kEach];
-  Load(args.grad, args.grad_type, offset, grad);
-  Load(args.param, args.param_type, offset, param);
-  Load(args.first, args.first_type, offset, first);
-  Load(args.second, args.second_type, offset, second);
+  const int64_t offset = int64_t{block} * AdamW::kBlock + lane * kEach;
   const bool scaled1 = args.first_type != Moment::kF32, scaled2 = args.second_type != Moment::kF32;
-  const float scale1 = scaled1 ? adamw::ScaleOfExponent(args.first_exponents[block]) : 1.0f;
-  const float scale2 = scaled2 ? adamw::ScaleOfExponent(args.second_exponents[block]) : 1.0f;
+  const Words grad_words = Fetch(args.grad, ElementBytes(args.grad_type), offset);
+  const Words param_words = Fetch(args.param, ElementBytes(args.param_type), offset);
+  const Words first_words = Fetch(args.first, ElementBytes(args.first_type), offset);
+  const Words second_words = Fetch(args.second, ElementBytes(args.second_type), offset);
+  const uint32_t exponent1 = scaled1 ? args.first_exponents[block] : 127;
+  const uint32_t exponent2 = scaled2 ? args.second_exponents[block] : 127;
+  const Place place(args, block, AdamW::kBlock);
+  const AdamW::Rates rates = *args.rates;
+  if (rates.finite == 0) return;
+
+  const uint32_t column = place.column + lane * kEach;
+  float grad[kEach], param[kEach], first[kEach], second[kEach];
+  Decode(grad_words, args.grad_type, grad);
+  Decode(param_words, args.param_type, param);
+  Decode(first_words, args.first_type, first);
+  Decode(second_words, args.second_type, second);
+  const float scale1 = adamw::ScaleOfExponent(exponent1);
+  const float scale2 = adamw::ScaleOfExponent(exponent2);
   const float unit = 1 / Factor(args.param_type);
 
   uint32_t amax1 = 0, amax2 = 0;
