@@ -15,6 +15,7 @@ from jaxtyping import Array, Float32, UInt32
 from jfp4 import master
 from jfp4.ops import ffi, partition
 from jfp4.ops.rounding import stochastic_key
+from jfp4.ops.slices import is_slices
 from jfp4.optim import (
     Blocks,
     bound_of_first,
@@ -96,7 +97,8 @@ class AdamW:
         Args:
             stored: what ``jfp4.master.encode`` made.
             state: of ``init``.
-            grads: gradients of the values, of ``stored``'s shapes, in any float dtypes.
+            grads: gradients of the values, of ``stored``'s shapes, in any float dtypes; those of
+                stacks may be ``jfp4.ops.slices.Slices``, of which the kernel needs no stack.
             scale: what they are multiplied by.
             seed: the bits that are rounded by are a function of (seed, step, element), wherever on
                 a mesh the element lies.
@@ -165,6 +167,11 @@ class AdamW:
         def fused(number: int, held: Any, grad: Array, norm: Array, finite: Array) -> Any:
             param, state = held
             place = places[number]
+            if is_slices(grad) and (
+                # Slices have keys of their own in stacks of matrices alone.
+                param.ndim < 3 or partition.parts_of_axis(place, 0, param.ndim) > 1
+            ):
+                grad = grad.stack()
             _, (adam, _, scheduled) = state.inner_state
             (first,), (second,) = (
                 jax.tree.leaves(moment, is_leaf=lambda x: isinstance(x, Blocks))
@@ -180,7 +187,7 @@ class AdamW:
                 param, grad, first, second = arrays
                 rates, seed, step, count = whole
                 updated = ffi.adamw(
-                    _of_rows(grad),
+                    grad.each if is_slices(grad) else (_of_rows(grad),),
                     _of_rows(param),
                     _of_rows(first),
                     _of_rows(second),

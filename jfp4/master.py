@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Float32, UInt32
 
 from jfp4.ops.rounding import random_bits, round_to_dtype, stochastic_key
-from jfp4.ops.slices import update_by_slices
+from jfp4.ops.slices import is_slices, update_by_slices
 from jfp4.optim import norm_and_finite, numbered
 
 FORMATS = ("float32", "float16", "bfloat16")
@@ -135,7 +135,8 @@ def apply_gradients(
             tells slices apart.
         stored: what ``encode`` made.
         state: the optimizer's, by its ``init`` on the parameters.
-        grads: gradients of the values, of ``stored``'s shapes, in any float dtypes.
+        grads: gradients of the values, of ``stored``'s shapes, in any float dtypes; those of stacks
+            may be ``jfp4.ops.slices.Slices``.
         scale: what they are multiplied by, such as the reciprocal of the loss scale.
         seed: the bits that parameters are rounded by are a function of (seed, step, element).
         step: likewise.
@@ -176,11 +177,13 @@ def apply_gradients(
         return jax.tree.leaves(new)[0], state
 
     new_state = state
-    for number, (leaf, grad) in enumerate(zip(leaves, jax.tree.leaves(grads), strict=True)):
+    all_grads = jax.tree.leaves(grads, is_leaf=is_slices)
+    for number, (leaf, grad) in enumerate(zip(leaves, all_grads, strict=True)):
         # What of the state is this leaf's: what its init makes of this leaf alone.
         shapes = init_shapes(number, leaf.shape)
         held = (leaf, _where_not_none(shapes, state, None))
         taken = None if fused is None else fused(number, held, grad, norm, finite)
+        grad = grad.stack() if taken is None and is_slices(grad) else grad
         if taken is not None:
             held = taken
         elif leaf.ndim < 3:

@@ -1,6 +1,7 @@
 """Adam with its moments in a few bits, and steps that skip what is not finite; for optax."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float16, Float32, UInt8, UInt32
 
 from jfp4.ops.quantize import amax_of
 from jfp4.ops.rounding import binade, random_bits, round_to_dtype, stochastic_key
+from jfp4.ops.slices import is_slices
 
 BLOCK = 128
 """Elements along the last axis that share a scale."""
@@ -283,8 +285,8 @@ def skip_not_finite(
 def norm_and_finite(grads: Any) -> tuple[Float32[Array, ""], Bool[Array, ""]]:
     """Global norm of a gradient of any float dtypes, and whether it has no NaN and no infinity.
 
-    Stacked leaves, those of three axes or more, are read slice by slice: CPUs write out what a sum
-    is over, here every value in float32.
+    Stacked leaves, those of three axes or more and ``Slices``, are read slice by slice: CPUs write
+    out what a sum is over, here every value in float32.
     """
 
     def measure(leaf: Array) -> tuple[Array, Array]:
@@ -293,9 +295,19 @@ def norm_and_finite(grads: Any) -> tuple[Float32[Array, ""], Bool[Array, ""]]:
         # Nor would a maximum: that of floats loses what is not a number, on CPUs.
         return jnp.sum(jnp.square(wide)), jnp.all(jnp.isfinite(leaf))
 
-    measured = [
-        lax.map(measure, leaf) if leaf.ndim >= 3 else measure(leaf)
-        for leaf in jax.tree.leaves(grads)
-    ]
+    def measure_each(*slices: Array) -> tuple[Array, Array]:
+        squares, finite = zip(*map(measure, slices), strict=True)
+        return jnp.stack(squares), jnp.stack(finite)
+
+    def measure_in_turn(*slices: Array) -> tuple[Array, Array]:
+        choices = [functools.partial(lambda own: own, own) for own in slices]
+        return lax.map(lambda i: measure(lax.switch(i, choices)), jnp.arange(len(slices)))
+
+    def measure_leaf(leaf: Any) -> tuple[Array, Array]:
+        if is_slices(leaf):
+            return lax.platform_dependent(*leaf.each, cpu=measure_in_turn, default=measure_each)
+        return lax.map(measure, leaf) if leaf.ndim >= 3 else measure(leaf)
+
+    measured = [measure_leaf(leaf) for leaf in jax.tree.leaves(grads, is_leaf=is_slices)]
     squares = sum(jnp.sum(squares) for squares, _ in measured)
     return jnp.sqrt(squares), jnp.all(jnp.array([jnp.all(finite) for _, finite in measured]))

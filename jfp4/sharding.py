@@ -14,6 +14,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jfp4.ops.slices import is_slices
+
 AXES = ("data", "fsdp", "tensor")
 """Axes of a mesh, the outermost first: neighbours along ``tensor`` are nearest to each other."""
 
@@ -150,8 +152,14 @@ def constrain_weights(params: nnx.State) -> nnx.State:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return params
-    shardings = weight_shardings(params, mesh)
-    return jax.tree.map(jax.lax.with_sharding_constraint, params, shardings)
+
+    def fix(place: NamedSharding, x: Any) -> Any:
+        if not is_slices(x):
+            return jax.lax.with_sharding_constraint(x, place)
+        of_slice = place.update(spec=PartitionSpec(*place.spec[1:]))
+        return jax.tree.map(lambda s: jax.lax.with_sharding_constraint(s, of_slice), x)
+
+    return jax.tree.map(fix, weight_shardings(params, mesh), params)
 
 
 def batch_shards() -> int:

@@ -11,6 +11,7 @@ import jfp4
 from jfp4 import master
 from jfp4.adamw import AdamW
 from jfp4.ops import ffi
+from jfp4.ops.slices import Slices
 
 PARAMS = {
     "stack": np.random.default_rng(0).normal(size=(5, 3, 256)).astype(np.float32),
@@ -97,6 +98,29 @@ def test_a_skipped_step_changes_no_bit(format):
     assert (int(after[1].total_notfinite), int(after[1].notfinite_count)) == (1, 1)
 
 
+@pytest.mark.parametrize("backend", ["xla", "host"])
+@pytest.mark.parametrize(("first", "second"), MOMENTS)
+def test_a_gradient_may_come_in_slices(backend, first, second):
+    """Of matrices, of what has more axes, and of vectors, which have no slices of their own."""
+    shapes = {"matrices": (5, 3, 256), "more": (3, 2, 4, 130), "vectors": (4, 128)}
+    rng = np.random.default_rng(0)
+    params, grads = (
+        {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+        for _ in range(2)
+    )
+    optimizer = optimizer_of(first, second, seed=1)
+    results = []
+    for given in (grads, jax.tree.map(Slices.of, grads)):
+        stored, state = master.encode(params, "bfloat16"), optimizer.init(params)
+        with jfp4.backend(backend):
+            for n in range(2):
+                stored, state, norm = step_of(optimizer)(stored, state, given, n=n)
+        results.append((stored, state, norm))
+    assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("axes", [1, 2])
 def test_a_mask_by_shape_is_of_whole_leaves(axes):
     """Not of the slices that XLA's path takes a stack in."""
@@ -128,9 +152,10 @@ def test_unknown_formats_are_named():
         AdamW(0.1, first="fp8").init(PARAMS)
 
 
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("format", ["float32", "float16"])
 @pytest.mark.parametrize(("first", "second"), MOMENTS)
-def test_everything_is_replaced_in_its_own_memory(format, first, second):
+def test_everything_is_replaced_in_its_own_memory(format, first, second, sliced):
     optimizer = optimizer_of(first, second)
 
     def init(params):
@@ -143,9 +168,11 @@ def test_everything_is_replaced_in_its_own_memory(format, first, second):
     shapes = {"stack": (4, 64, 512), "matrix": (128, 512)}
     params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     state = jax.eval_shape(init, params)
-    number = jax.ShapeDtypeStruct((), np.int32)
+    number, grads = jax.ShapeDtypeStruct((), np.int32), state[0]
+    if sliced:
+        grads = grads | {"stack": jax.eval_shape(Slices.of, grads["stack"])}
     with jfp4.backend("host"):
-        compiled = jax.jit(step, donate_argnums=0).lower(state, state[0], number).compile()
+        compiled = jax.jit(step, donate_argnums=0).lower(state, grads, number).compile()
     memory = compiled.memory_analysis()
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes >= held - 4 * len(jax.tree.leaves(state))

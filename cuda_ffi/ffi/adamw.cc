@@ -9,24 +9,33 @@ namespace jfp4 {
 
 // Where rows are whole blocks, a thread takes its elements 16 bytes at a time.
 struct AlignedAdamWCall : AdamWCall {
-  template <typename... Rest>
-  static ffi::ErrorOr<AdamW> Read(Buffer grad, Buffer param, Buffer first, Buffer first_exponents,
-                                  Buffer second, Rest... rest) {
-    auto args = AdamWCall::Read(grad, param, first, first_exponents, second, rest...);
-    if (args.has_error() || args->block() != AdamW::kBlock) return args;
-    const std::pair<const char*, Buffer> wide[] = {
-        {"grad", grad}, {"param", param}, {"first", first}, {"second", second}};
-    for (const auto& [name, buffer] : wide) {
-      if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 != 0) {
-        return Refusal<AdamW>(
-            ffi::Error::InvalidArgument(std::string(name) + " is " + Describe(buffer) +
-                                        "; expected it to start at a multiple of 16 bytes"));
+  template <typename... Operands>
+  static ffi::ErrorOr<AdamWParts> Read(Operands... operands) {
+    auto parts = AdamWCall::Read(operands...);
+    if (parts.has_error() || parts->front().block() != AdamW::kBlock) return parts;
+    for (const AdamW& args : *parts) {
+      const std::pair<const char*, const void*> wide[] = {{"grad", args.grad},
+                                                          {"param", args.param},
+                                                          {"first", args.first},
+                                                          {"second", args.second}};
+      for (const auto& [name, at] : wide) {
+        if (reinterpret_cast<uintptr_t>(at) % 16 != 0) {
+          return Refusal<AdamWParts>(ffi::Error::InvalidArgument(
+              std::string(name) + " starts amid 16 bytes; expected it to start at a multiple"));
+        }
       }
     }
-    return args;
+    return parts;
   }
 };
 
+cudaError_t LaunchAdamWParts(const AdamWParts& parts, cudaStream_t stream) {
+  for (const AdamW& args : parts) {
+    if (const cudaError_t status = LaunchAdamW(args, stream); status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace jfp4
 
-JFP4_CUDA_HANDLER(Jfp4AdamwCuda, jfp4::AlignedAdamWCall, jfp4::LaunchAdamW);
+JFP4_CUDA_HANDLER(Jfp4AdamwCuda, jfp4::AlignedAdamWCall, jfp4::LaunchAdamWParts);

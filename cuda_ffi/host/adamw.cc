@@ -95,10 +95,13 @@ void UpdateRow(const AdamW& args, int64_t slice, int64_t row_of_slice) {
   }
 }
 
-void RunAdamW(const AdamW& args, ffi::ThreadPool pool) {
-  if (args.rates->finite == 0) return;
-  ParallelFor(pool, args.slices * args.rows,
-              [&](int64_t row) { UpdateRow(args, row / args.rows, row % args.rows); });
+void RunAdamW(const AdamWParts& parts, ffi::ThreadPool pool) {
+  if (parts.front().rates->finite == 0) return;
+  const int64_t rows = parts.front().rows, rows_of_part = parts.front().slices * rows;
+  ParallelFor(pool, static_cast<int64_t>(parts.size()) * rows_of_part, [&](int64_t row) {
+    const int64_t of_part = row % rows_of_part;
+    UpdateRow(parts[row / rows_of_part], of_part / rows, of_part % rows);
+  });
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ from jfp4.nn import CalibrationStat, Linear, Prepared, convert
 from jfp4.ops.cross_entropy import cross_entropy, cross_entropy_of_logits
 from jfp4.ops.exchange import spread
 from jfp4.ops.linear import CODES_NAME
+from jfp4.ops.slices import Slices, scan_written_out
 from jfp4.recipe import Recipe, get_recipe
 from jfp4.sharding import batch_shards, constrain
 
@@ -177,7 +178,8 @@ class Llama(nnx.Module):
             # found equal to what was computed before, and kept.
             policy, written_out = REMAT[self.config.remat], not self.config.scan_layers
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=written_out)
-        x, written = jax.lax.scan(layer, x, (params, rest), unroll=not self.config.scan_layers)
+        scan = jax.lax.scan if self.config.scan_layers else scan_written_out
+        x, written = scan(layer, x, (params, rest))
         nnx.update(self.layers, written)
         return self._loaded(self.norm)(x)
 
@@ -300,6 +302,20 @@ def split_params(module: nnx.Module) -> tuple[Any, Any, Any]:
     graph, *states = nnx.split(module, nnx.Param, ...)
     params, rest = states
     return graph, params, rest
+
+
+def by_layers(params: nnx.State) -> nnx.State:
+    """A model's parameters with its layers' stacks as ``Slices``.
+
+    A model whose layers are written out takes them so, and then so are their gradients.
+    """
+
+    def cut(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+        if path[0] != "layers":
+            return variable
+        return variable.replace(Slices.of(variable.get_value()))
+
+    return nnx.map_state(cut, params)
 
 
 def check_tokens(tokens: Array, name: str) -> None:

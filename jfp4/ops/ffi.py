@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import importlib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -36,7 +36,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
 """What has kernels."""
 
-INTERFACE = 7
+INTERFACE = 8
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -476,7 +476,7 @@ Moment = TypeVar("Moment")  # Blocks, or float32
 
 
 def adamw(
-    grad: Float[Array, "*m n"],
+    grads: Sequence[Float[Array, "*g n"]],
     param: Float[Array, "*m n"],
     first: Moment,
     second: Moment,
@@ -494,7 +494,8 @@ def adamw(
     """A step of AdamW in place; ``jfp4.adamw.AdamW`` says what it computes.
 
     Args:
-        grad: bfloat16, float16 or float32.
+        grads: the gradient, bfloat16, float16 or float32: an array of ``param``'s shape, or equal
+            parts of its rows, as many as divide the slices.
         param: as ``jfp4.master`` stores it, in any of these.
         first: ``jfp4.optim.Blocks`` of the same shape, or float32.
         second: likewise.
@@ -524,12 +525,12 @@ def adamw(
     param, *new = _call(
         "jfp4_adamw",
         results,
-        input_output_aliases={1 + i: i for i in range(len(operands))},
+        input_output_aliases={i: i for i in range(len(operands))},
     )(
-        grad,
         *operands,
         rates,
         keys,
+        *grads,
         b1=np.float32(b1),
         rest1=np.float32(1 - b1),
         b2=np.float32(b2),

@@ -235,10 +235,10 @@ def by_parts(fn: Callable[..., T], place: NamedSharding | None, arrays: Any, *wh
     """``fn(begin, arrays, *whole)``, computed on each device of its parts of the arrays.
 
     Args:
-        fn: returns a tree of arrays, divided as the operands are; ``begin`` is the index in the
-            first array of the first element of its part.
+        fn: returns a tree of arrays, divided as the first is; ``begin`` is the index in it of the
+            first element of its part.
         place: by which all arrays are divided, axis by axis; None: by nothing.
-        arrays: a tree of arrays of as many axes.
+        arrays: a tree of arrays of as many axes as the first, or of its last ones alone.
         whole: what every device has.
     """
     first, *_ = jax.tree.leaves(arrays)
@@ -254,12 +254,13 @@ def by_parts(fn: Callable[..., T], place: NamedSharding | None, arrays: Any, *wh
         )
         return fn(begin, arrays, *whole)
 
+    specs = jax.tree.map(lambda x: PartitionSpec(*entries[first.ndim - x.ndim :]), arrays)
     if set(place.mesh.axis_types) == {AxisType.Explicit}:
-        arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, place.spec), arrays)
+        arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
     return jax.shard_map(
         of_part,
         mesh=place.mesh,
-        in_specs=(place.spec, *[PartitionSpec()] * len(whole)),
+        in_specs=(specs, *[PartitionSpec()] * len(whole)),
         out_specs=place.spec,
         check_vma=False,
     )(arrays, *whole)

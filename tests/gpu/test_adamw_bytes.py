@@ -135,7 +135,7 @@ def run(grad, param, first, second, rates, keys, decay, root, stochastic):
         ffi.adamw, b1=B1, b2=B2, eps=EPS, weight_decay=decay, bound=BOUND, root=root,
         stochastic=stochastic,
     )  # fmt: skip
-    return jax.jit(step)(grad, param, as_moment(*first), as_moment(*second), rates, keys)
+    return jax.jit(step)((grad,), param, as_moment(*first), as_moment(*second), rates, keys)
 
 
 def assert_bits(found, expected):

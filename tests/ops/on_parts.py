@@ -23,6 +23,7 @@ from jfp4.ops import ffi
 from jfp4.ops.exchange import spread
 from jfp4.ops.outliers import thresholds
 from jfp4.ops.quantize import quantize_both, quantize_gradient
+from jfp4.ops.slices import Slices
 from jfp4.qtensor import PackedQTensor
 from train.collectives import collectives
 from train.rehearsal import partitioned
@@ -287,7 +288,7 @@ def optimizer(results, backend):
         for _ in range(3)
     )
 
-    def steps(mesh, told):
+    def steps(mesh, told, sliced=False):
         places = None
         if mesh:
             places = {name: NamedSharding(mesh, spec) for name, (_, spec) in leaves.items()}
@@ -297,6 +298,8 @@ def optimizer(results, backend):
         def step(stored, state, grads, n):
             if mesh:
                 grads = jax.tree.map(jax.device_put, grads, places)
+            if sliced:
+                grads = jax.tree.map(lambda g: Slices.of(g) if g.ndim >= 3 else g, grads)
             return adamw.step(
                 stored, state, grads, seed=5, step=n, shardings=places if told else None
             )
@@ -313,15 +316,16 @@ def optimizer(results, backend):
 
     with jfp4.backend(backend), jax.set_mesh(jax.make_mesh((1,), AXES[:1])):
         wanted = steps(None, True)
-    kinds = {"told": AxisType.Auto, "not told": AxisType.Auto, "explicit": AxisType.Explicit}
-    for case, kind in kinds.items():
-        if backend == "xla" and case == "explicit":  # whose blocks it would not make of a part
+    for case in ("told", "told, slices", "not told", "explicit", "explicit, slices"):
+        of, _, sliced = case.partition(", ")
+        if backend == "xla" and of == "explicit":  # whose blocks it would not make of a part
             continue
+        kind = AxisType.Explicit if of == "explicit" else AxisType.Auto
         mesh = make_mesh((2, 2, 2), kind)
         with warnings.catch_warnings(record=True) as caught, jfp4.backend(backend):
             warnings.simplefilter("always")
             with jax.set_mesh(mesh):
-                found = steps(mesh, case == "told")
+                found = steps(mesh, of == "told", bool(sliced))
         differ = {name: max(differences(found[name], wanted[name])) for name in leaves}
         results[f"adamw, {case}"] = differ, sorted({str(warning.message) for warning in caught})
 

@@ -788,16 +788,18 @@ def test_a_parameter_without_an_axis_is_refused():
     call = Call(
         "jfp4_adamw",
         {
-            "grad": number,
             "param": number,
             **state,
             "rates": (F32, (6,)),
             "keys": ("uint32", (1, 4)),
+            "grad": number,
         },
         {"param": number, **state},
         dict.fromkeys(attributes, np.float32(0.5)) | {"root": True, "stochastic": False},
     )
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"grad is f32\[\]; expected at least one"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=r"param is f32\[\]; expected at least one"
+    ):
         call()
 
 

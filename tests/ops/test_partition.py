@@ -122,13 +122,16 @@ def test_gradients_exchanged_in_fp8(found, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["told", "explicit", "not told"])
+@pytest.mark.parametrize(
+    "case", ["told", "told, slices", "explicit", "explicit, slices", "not told"]
+)
 def test_an_optimizer_step_is_that_of_one_device(found, case, request):
     """Random bits too, wherever on the mesh an element lies; and what XLA computes is said."""
     by_kernel = "host" in request.node.callspec.id
+    case, *_ = of = case.split(", ")
     if case == "explicit" and not by_kernel:
         pytest.skip("on explicit axes XLA's step refuses a last axis that is divided")
-    differ, warned = found[f"adamw, {case}"]
+    differ, warned = found["adamw, " + ", ".join(of)]
     expected = {"told": "the last axis, of 3 blocks of moments, by 2: XLA takes the step",
                 "not told": "expected where each parameter lies: XLA takes the step"}  # fmt: skip
     if by_kernel and case in expected:

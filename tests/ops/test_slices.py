@@ -1,11 +1,11 @@
-"""Updating stacks slice by slice is updating them at once."""
+"""Working through stacks slice by slice is doing so at once."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfp4.ops.slices import update_by_slices
+from jfp4.ops.slices import Slices, scan_written_out, update_by_slices
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16, jnp.uint8])
@@ -46,3 +46,64 @@ def test_donated_stacks_are_written_in_place():
     assert memory.alias_size_in_bytes >= 32 * 64 * 256 * 5
     # Slices of five float32 values an element: the two read, the two made, what is added.
     assert memory.temp_size_in_bytes <= 64 * 256 * 4 * 5
+
+
+def test_a_stack_is_its_slices():
+    stack = jnp.arange(24.0).reshape(4, 2, 3)
+    slices = Slices.of(stack)
+    assert slices.shape == stack.shape and len(jax.tree.leaves(slices)) == 4
+    np.testing.assert_array_equal(slices.stack(), stack)
+    weights = jnp.cos(stack)
+    gradient = jax.grad(lambda x: jnp.sum(Slices.of(x).stack() * weights))(stack)
+    np.testing.assert_array_equal(gradient, weights)
+
+
+def scanned(scan, stacks, others):
+    def f(x, own):
+        w, b = own
+        x = jnp.tanh(x @ w["w"] + b)
+        return x, {"sum": jnp.sum(x), "x": x}
+
+    def loss(stacks):
+        x, made = scan(f, jnp.ones((2, 3)), (stacks, others))
+        return jnp.sum(x) + jnp.sum(made["sum"]), made
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(stacks)
+
+
+def test_a_written_out_scan_is_a_scan():
+    """Of stacks, or of slices, whose gradients are slices."""
+    rng = np.random.default_rng(0)
+    stacks = {"w": jnp.asarray(rng.normal(size=(5, 3, 3)), jnp.float32)}
+    others = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+    expected = scanned(jax.lax.scan, stacks, others)
+    of_stacks = scanned(scan_written_out, stacks, others)
+    value, gradient = scanned(scan_written_out, jax.tree.map(Slices.of, stacks), others)
+    assert isinstance(gradient["w"], Slices)
+    for found in (of_stacks, (value, {"w": gradient["w"].stack()})):
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            # Five products of three terms, and as many sums of them on the way back.
+            np.testing.assert_allclose(a, b, rtol=0, atol=64 * 2.0**-24 * np.abs(b).max())
+
+
+def test_a_gradient_by_slices_is_copied_to_no_stack():
+    stacks = {"w": jax.ShapeDtypeStruct((5, 3, 3), jnp.float32)}
+
+    def stacked(stacks):
+        text = jax.jit(lambda s: scanned(scan_written_out, s, jnp.ones((5, 3)))[1]).lower(stacks)
+        return "f32[5,3,3]" in text.compile().as_text()
+
+    assert stacked(stacks)
+    assert not stacked(jax.eval_shape(lambda s: jax.tree.map(Slices.of, s), stacks))
+
+
+def test_a_written_out_scan_traces_its_function_once():
+    traced = []
+
+    def f(x, w):
+        traced.append(w)
+        return x * w, None
+
+    x, _ = scan_written_out(f, jnp.float32(1), jnp.arange(1.0, 6))
+    assert float(x) == 120 and len(traced) == 1
