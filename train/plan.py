@@ -193,7 +193,9 @@ def kept_bytes(config: TrainConfig) -> int:
 
     Not counted is what is there anyway: parameters, statistics, the weights' codes and the batch.
     """
-    trainer = Trainer(config)
+    # Layers written out keep what scanned ones do; of those, copies are told from parameters.
+    llama = dataclasses.replace(config.llama, scan_layers=True)
+    trainer = Trainer(dataclasses.replace(config, llama=llama))
     state, batch = trainer.abstract_state(), trainer.batch_shape()
     prepared = jax.eval_shape(trainer.prepare, state.params, state.stats)
     rows = batch.shape[0] // config.optimizer.accumulation
