@@ -135,7 +135,8 @@ def run(grad, param, first, second, rates, keys, decay, root, stochastic):
         ffi.adamw, b1=B1, b2=B2, eps=EPS, weight_decay=decay, bound=BOUND, root=root,
         stochastic=stochastic,
     )  # fmt: skip
-    return jax.jit(step)((grad,), param, as_moment(*first), as_moment(*second), rates, keys)
+    grads = grad if isinstance(grad, tuple) else (grad,)
+    return jax.jit(step)(grads, param, as_moment(*first), as_moment(*second), rates, keys)
 
 
 def assert_bits(found, expected):
@@ -161,7 +162,8 @@ def test_every_byte_is_numpys(backend, shape, format, first, second, stochastic)
     grad, param, m, v, keys = case(shape, format, first, second)
     root = not first == second == "float32"
     options = {"decay": DECAY, "root": root, "stochastic": stochastic}
-    found = run(grad, param, m, v, RATES, keys, **options)
+    given = tuple(grad) if stochastic else grad  # whole, or by slices
+    found = run(given, param, m, v, RATES, keys, **options)
     expected = oracle(grad, param, m, v, RATES, keys, formats=(format, first, second), **options)
     assert_bits(found[0], expected[0])
     assert_moment(found[1], *expected[1])
@@ -207,7 +209,13 @@ def test_blocks_are_those_of_the_optimizer():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"param": np.zeros((3, 5, 2), F32)}, r"param is f32\[3, 5, 2\]; expected f32\[3, 5, 256"),
+        ({"grad": np.zeros((3, 5, 2), F32)},
+         r"grad is f32\[3, 5, 2\], in part 0 of 1; expected 15 rows of 256, beside param f32"),
+        ({"grad": (np.zeros((5, 256), F32),) * 2},
+         r"grad is in 2 parts; expected a number that divides the slices of keys u32\[3, 4\]"),
+        ({"grad": (np.zeros((5, 256), F32), np.zeros((4, 256), F32), np.zeros((5, 256), F32))},
+         r"grad is f32\[4, 256\], in part 1 of 3; expected 5 rows of 256"),
+        ({"grad": np.zeros((3, 5, 256), np.int8)}, "grad is .*; expected bf16, f16 or f32"),
         ({"first": (np.zeros((3, 5, 256), np.int8), None)}, "first is .*; expected u8, f16 or f32"),
         ({"keys": np.zeros((4, 4), np.uint32)}, r"keys is u32\[4, 4\]; expected u32\[slices, 4\]"),
         ({"rates": RATES[:5]}, r"rates is f32\[5\]; expected f32\[6\]"),
