@@ -51,7 +51,7 @@ class LlamaConfig:
     """What is kept of a layer for the backward: all; codes and products; products; qkv; nothing."""
 
     loss_chunk: int | None = None
-    """Most tokens whose logits stand at a time in training; None: as many as take 256 MiB."""
+    """Most tokens whose logits stand at a time in training; None: as many as take 1 GiB."""
 
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention implementation; auto is cudnn on a GPU but for float32, and xla elsewhere."""

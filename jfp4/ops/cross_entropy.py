@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-LOGITS = 2**26
-"""Most logits that stand at a time where no chunk is given: 256 MiB of float32."""
+LOGITS = 2**28
+"""Most logits that stand at a time where no chunk is given: 1 GiB of float32."""
 
 
 def cross_entropy(

@@ -134,8 +134,8 @@ def test_no_more_logits_stand_than_a_chunks():
 
 
 def test_sizes_of_chunks():
-    assert chunk_size(16384, 32000, None) == 2048  # 2**26 / 32000 is 2097
-    assert LOGITS >= 2048 * 32000
+    assert chunk_size(16384, 32000, None) == 8192  # 2**28 / 32000 is 8388
+    assert LOGITS >= 8192 * 32000
     assert chunk_size(2048, 512, None) == 2048
     assert [chunk_size(37, 50, chunk) for chunk in (1, 7, 36, 37, 1000)] == [1, 7, 19, 37, 37]
     assert chunk_size(8, 2**30, None) == 1
