@@ -102,6 +102,9 @@ def gemm(
         and slope is None
     )
     bounds = None if slope is None else (slope.k, slope.cap)
+    # On a mesh sums are scaled once they are complete, since those of 4-bit codes are exact. Others
+    # round anyway: where only factors follow, the kernel has them, and no pass over the result.
+    factors_alone = max(fa.bits, fb.bits) > 4 and bias is None and u is None
 
     def after(sums: Array, a_scale: Array, b_scale: Array, *added: Any) -> Array:
         """What XLA makes of the sums of codes."""
@@ -120,11 +123,14 @@ def gemm(
         return (after(reduce(part, sums, "k"), *outer),)
 
     def kernel(part: Part, a_part: Array, b_part: Array, *outer: Any) -> tuple[Array]:
-        if part.divides("k"):  # scaled once they are summed: of E2M1 they are exact
-            one = jnp.ones((1, 1), jnp.float32)
-            sums = product(part, a_part, b_part, one, one, out_dtype=jnp.float32)
-            return (after(reduce(part, sums, "k"), *outer),)
-        return (product(part, a_part, b_part, *outer, out_dtype=out_dtype),)
+        if not part.divides("k"):
+            return (product(part, a_part, b_part, *outer, out_dtype=out_dtype),)
+        if factors_alone and not part.scatter[1]:
+            y = product(part, a_part, b_part, *outer, out_dtype=jnp.float32)
+            return (reduce(part, y, "k").astype(out_dtype),)
+        one = jnp.ones((1, 1), jnp.float32)
+        sums = product(part, a_part, b_part, one, one, out_dtype=jnp.float32)
+        return (after(reduce(part, sums, "k"), *outer),)
 
     def product(
         part: Part,
