@@ -102,14 +102,20 @@ def compiler_options(config: TrainConfig, placement: Placement) -> dict[str, str
 
     Of GPUs: an order in which what is sent goes on beside what is computed. XLA's own is the one
     of least memory, and has each collective waited for as soon as it begins; with one at a time,
-    each is waited for before the next begins, whether anything needs it yet or not.
+    each is waited for before the next begins, whether anything needs it yet or not. Where nothing
+    is gathered, each begins as soon as there is what it sends, and so a weight's gradient is summed
+    beside the rest of the backward; with fsdp, all weights would be gathered at a step's start.
     """
     options: dict[str, str | bool] = {}
     if config.deterministic:
         options["xla_gpu_exclude_nondeterministic_ops"] = True
     if placement.mesh.size > 1 and placement.mesh.devices.flat[0].platform == "gpu":
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
-        options["xla_gpu_experimental_parallel_collective_overlap_limit"] = "4"
+        gathers = placement.mesh.shape["fsdp"] > 1
+        options["xla_gpu_experimental_collective_start_as_early_as_possible"] = not gathers
+        options["xla_gpu_experimental_parallel_collective_overlap_limit"] = (
+            "4" if gathers else "128"
+        )
     return options
 
 

@@ -166,15 +166,26 @@ def test_memory_of_this_machine():
 
 
 @pytest.mark.parametrize(
-    ("platform", "size", "overlapped"),
-    [("gpu", 1, False), ("gpu", 2, True), ("cpu", 2, False), ("tpu", 2, False)],
+    ("platform", "fsdp", "size", "overlapped"),
+    [
+        ("gpu", 1, 1, False),
+        ("gpu", 1, 2, True),
+        ("gpu", 2, 2, True),
+        ("gpu", 2, 4, True),
+        ("cpu", 1, 2, False),
+        ("tpu", 1, 2, False),
+    ],
 )
-def test_what_is_sent_goes_on_beside_what_is_computed_on_meshes_of_gpus(platform, size, overlapped):
+def test_what_is_sent_goes_on_beside_what_is_computed_on_meshes_of_gpus(
+    platform, fsdp, size, overlapped
+):
     devices = np.array([SimpleNamespace(platform=platform)] * size, object)
-    placement = SimpleNamespace(mesh=SimpleNamespace(size=size, devices=devices))
+    mesh = SimpleNamespace(size=size, devices=devices, shape={"data": size // fsdp, "fsdp": fsdp})
+    placement = SimpleNamespace(mesh=mesh)
     overlap = {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+        "xla_gpu_experimental_collective_start_as_early_as_possible": fsdp == 1,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": "128" if fsdp == 1 else "4",
     }
     expected = overlap if overlapped else {}
     assert compiler_options(TrainConfig(), placement) == expected
