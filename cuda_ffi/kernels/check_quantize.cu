@@ -5,6 +5,7 @@
 //       cuda_ffi/kernels/{check_quantize,hopper,thresholds}.cu
 //       cuda_ffi/kernels/quantize_{rows,columns,gradient,any}.cu -o check_quantize
 //   ./check_quantize          # correctness; small enough for compute-sanitizer
+//   ./check_quantize REGEX    # of the groups so named, which racecheck does not take all at once
 //   ./check_quantize bench    # times
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -18,6 +19,7 @@
 #include <iterator>
 #include <limits>
 #include <random>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -650,14 +652,14 @@ void CheckThresholds(DType type, std::mt19937& rng) {
   }
 }
 
-// Of the groups with `pattern` in their names; all of them with an empty one.
+// Of the groups that have `pattern`, a regular expression, in their names.
 int RunChecks(const std::string& pattern) {
   const auto chosen = [&](const std::string& name) {
-    return name.find(pattern) != std::string::npos;
+    return std::regex_search(name, std::regex(pattern));
   };
   std::mt19937 rng(1);
   for (const DType type : kTypes) {
-    if (chosen("thresholds")) CheckThresholds(type, rng);
+    if (chosen(std::string("thresholds ") + Name(type))) CheckThresholds(type, rng);
   }
   if (chosen("flush at the edge")) CheckFlushEdge();
   for (const DType type : kTypes) {
