@@ -102,9 +102,10 @@ def gemm(
         and slope is None
     )
     bounds = None if slope is None else (slope.k, slope.cap)
-    # On a mesh sums are scaled once they are complete, since those of 4-bit codes are exact. Others
-    # round anyway: where only factors follow, the kernel has them, and no pass over the result.
-    factors_alone = max(fa.bits, fb.bits) > 4 and bias is None and u is None
+    # On a mesh sums are scaled once they are complete: until then they are exact. With a slope that
+    # would be another pass over a weight's gradient, of several arrays; so each part is scaled and
+    # multiplied by its kernel, and the sum of parts is off by their roundings.
+    slope_alone = slope is not None and bias is None and u is None
 
     def after(sums: Array, a_scale: Array, b_scale: Array, *added: Any) -> Array:
         """What XLA makes of the sums of codes."""
@@ -125,7 +126,7 @@ def gemm(
     def kernel(part: Part, a_part: Array, b_part: Array, *outer: Any) -> tuple[Array]:
         if not part.divides("k"):
             return (product(part, a_part, b_part, *outer, out_dtype=out_dtype),)
-        if factors_alone and not part.scatter[1]:
+        if slope_alone and not part.scatter[1]:
             y = product(part, a_part, b_part, *outer, out_dtype=jnp.float32)
             return (reduce(part, y, "k").astype(out_dtype),)
         one = jnp.ones((1, 1), jnp.float32)
