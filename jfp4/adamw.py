@@ -98,7 +98,8 @@ class AdamW:
             stored: what ``jfp4.master.encode`` made.
             state: of ``init``.
             grads: gradients of the values, of ``stored``'s shapes, in any float dtypes; those of
-                stacks may be ``jfp4.ops.slices.Slices``, of which the kernel needs no stack.
+                stacks may be ``jfp4.ops.slices.Slices``, which the kernel takes as they are, but
+                for stacks of vectors and where a mesh divides the first axis.
             scale: what they are multiplied by.
             seed: the bits that are rounded by are a function of (seed, step, element), wherever on
                 a mesh the element lies.
@@ -164,7 +165,7 @@ class AdamW:
             decays = structure.flatten_up_to(self.mask(stored))
         scale, seed, step = numbers
 
-        def fused(number: int, held: Any, grad: Array, norm: Array, finite: Array) -> Any:
+        def fused(number: int, held: Any, grad: Any, norm: Array, finite: Array) -> Any:
             param, state = held
             place = places[number]
             if is_slices(grad) and (

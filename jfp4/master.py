@@ -145,6 +145,9 @@ def apply_gradients(
 
     Returns:
         The stored parameters, the state, and the global norm of the scaled gradient.
+
+    Raises:
+        ValueError: a gradient is not of its parameter's shape.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     norm, finite = norm_and_finite(grads)
@@ -179,6 +182,10 @@ def apply_gradients(
     new_state = state
     all_grads = jax.tree.leaves(grads, is_leaf=is_slices)
     for number, (leaf, grad) in enumerate(zip(leaves, all_grads, strict=True)):
+        if grad.shape != leaf.shape:
+            raise ValueError(
+                f"grads has {grad.shape} in place {number}; expected {leaf.shape}, as stored"
+            )
         # What of the state is this leaf's: what its init makes of this leaf alone.
         shapes = init_shapes(number, leaf.shape)
         held = (leaf, _where_not_none(shapes, state, None))

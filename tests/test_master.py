@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jfp4 import master, optim
+from jfp4.ops.slices import Slices
 
 NARROW = ("float16", "bfloat16")
 
@@ -175,6 +176,16 @@ def test_a_skipped_step_changes_no_bit(format):
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not bool(kept_state.last_finite) and int(kept_state.notfinite_count) == 1
+
+
+@pytest.mark.parametrize("of", [lambda g: g, Slices.of])
+@pytest.mark.parametrize("shape", [(2, 5, 256), (5, 4, 256)])
+def test_a_gradient_of_another_shape_is_refused(of, shape):
+    stored = {"a": jnp.ones(3), "stack": jnp.ones((4, 5, 256))}
+    grads = {"a": jnp.ones(3), "stack": of(jnp.ones(shape))}
+    optimizer = optimizer_of(None)
+    with pytest.raises(ValueError, match=r"grads has .* in place 1; expected \(4, 5, 256\)"):
+        master.apply_gradients(optimizer, stored, optimizer.init(stored), grads, step=0)
 
 
 def test_slices_are_rounded_by_bits_of_their_own():

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from jfp4 import master
-from jfp4.models.llama import Llama, by_layers, split_params
+from jfp4.models.llama import Llama, as_stored, by_layers, split_params
 from jfp4.nn import Linear, Prepared
 from jfp4.ops.exchange import grad_comm
 from jfp4.optim import norm_and_finite
@@ -175,22 +175,23 @@ class Trainer:
             return loss * scale, (loss, stats)
 
         def gradient(params: Any, stats: Any, tokens: Array) -> tuple[Any, Any]:
-            grads, aux = jax.grad(loss_of, has_aux=True)(params, stats, tokens)
+            # Here, since slices cut ahead of the loop over microbatches would stand beside it.
+            grads, aux = jax.grad(loss_of, has_aux=True)(sliced(params), stats, tokens)
             return aux, constrain_weights(grads)
 
-        params = state.params if self.config.llama.scan_layers else by_layers(state.params)
+        sliced = as_stored if self.config.llama.scan_layers else by_layers
         n = self.config.optimizer.accumulation
         if n == 1:
-            (loss, stats), grads = gradient(params, state.stats, batch)
+            (loss, stats), grads = gradient(state.params, state.stats, batch)
             return loss, stats, grads
 
         def accumulate(carry: Any, tokens: Array) -> tuple[Any, None]:
             loss, stats, grads = carry
-            (new_loss, stats), new = gradient(params, stats, tokens)
+            (new_loss, stats), new = gradient(state.params, stats, tokens)
             grads = jax.tree.map(lambda total, g: total + g / n, grads, new)
             return (loss + new_loss / n, stats, grads), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sliced, state.params))
         microbatches = constrain(batch.reshape(n, -1, batch.shape[1]), None, "batch")
         carry, _ = jax.lax.scan(accumulate, (jnp.float32(0), state.stats, zeros), microbatches)
         return carry

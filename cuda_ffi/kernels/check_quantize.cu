@@ -654,8 +654,12 @@ void CheckThresholds(DType type, std::mt19937& rng) {
 
 // Of the groups that have `pattern`, a regular expression, in their names.
 int RunChecks(const std::string& pattern) {
+  const std::regex wanted(pattern);
+  int count = 0;
   const auto chosen = [&](const std::string& name) {
-    return std::regex_search(name, std::regex(pattern));
+    const bool is_chosen = std::regex_search(name, wanted);
+    count += is_chosen;
+    return is_chosen;
   };
   std::mt19937 rng(1);
   for (const DType type : kTypes) {
@@ -691,6 +695,10 @@ int RunChecks(const std::string& pattern) {
         CheckGradient(&group, {type, format, 0}, shapes[i], i, rng);
       }
     }
+  }
+  if (count == 0) {
+    std::printf("no group is called %s\n", pattern.c_str());
+    return 1;
   }
   std::printf("%s\n", Group::failed_groups == 0 ? "all ok" : "FAILED");
   return Group::failed_groups == 0 ? 0 : 1;

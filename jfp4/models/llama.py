@@ -307,7 +307,8 @@ def split_params(module: nnx.Module) -> tuple[Any, Any, Any]:
 def by_layers(params: nnx.State) -> nnx.State:
     """A model's parameters with its layers' stacks as ``Slices``.
 
-    A model whose layers are written out takes them so, and then so are their gradients.
+    Where layers are written out, logits and losses take them so, and so are their gradients then;
+    ``Llama.prepare`` wants stacks.
     """
 
     def cut(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
@@ -338,8 +339,10 @@ def attend(
     if q.dtype != jnp.float16:
         return dot(q, k, v)
 
-    def wide(*operands: Array) -> Array:  # cuDNN refuses float32 even where it is not to compute
-        return dot(*(x.astype(jnp.float32) for x in operands), by="xla").astype(jnp.float16)
+    def wide(*operands: Array) -> Array:
+        q, k, v = (x.astype(jnp.float32) for x in operands)
+        # cuDNN refuses float32 even where it is not to compute.
+        return dot(q, k, v, "xla").astype(jnp.float16)
 
     # CPUs have no such product.
     return jax.lax.platform_dependent(q, k, v, cpu=wide, default=dot)

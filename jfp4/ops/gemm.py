@@ -74,7 +74,9 @@ def gemm(
             whatever else is packed is unpacked first.
         bias: added to every row.
         slope: multiplies the result, in float32 before the cast: a weight's gradient by the
-            estimator's slope. GPUs' kernels have it to within ``2**-20`` of its size.
+            estimator's slope. GPUs' kernels have it to within ``2**-20`` of its size. Where a mesh
+            divides the contraction and leaves the result whole, kernels scale and multiply each
+            part, and float32 rounds it, before ``Part.reduce`` sums them.
         out_dtype: dtype of the result.
         promote: on GPUs, add up every 128 products along k in float32, where tensor cores keep
             fewer bits; without effect where sums are exact anyway.
@@ -102,10 +104,10 @@ def gemm(
         and slope is None
     )
     bounds = None if slope is None else (slope.k, slope.cap)
-    # On a mesh sums are scaled once they are complete: until then they are exact. With a slope that
-    # would be another pass over a weight's gradient, of several arrays; so each part is scaled and
-    # multiplied by its kernel, and the sum of parts is off by their roundings.
-    slope_alone = slope is not None and bias is None and u is None
+    # On a mesh sums are scaled once they are complete: until then they are exact, and rows even, as
+    # an exchange in few bits needs them. With a slope that would be another pass over a weight's
+    # gradient, of several arrays; so what is summed in float32 each kernel scales and multiplies.
+    slope_first = slope is not None and bias is None and u is None and reduce is Part.reduce
 
     def after(sums: Array, a_scale: Array, b_scale: Array, *added: Any) -> Array:
         """What XLA makes of the sums of codes."""
@@ -126,7 +128,7 @@ def gemm(
     def kernel(part: Part, a_part: Array, b_part: Array, *outer: Any) -> tuple[Array]:
         if not part.divides("k"):
             return (product(part, a_part, b_part, *outer, out_dtype=out_dtype),)
-        if slope_alone and not part.scatter[1]:
+        if slope_first and not part.scatter[1]:
             y = product(part, a_part, b_part, *outer, out_dtype=jnp.float32)
             return (reduce(part, y, "k").astype(out_dtype),)
         one = jnp.ones((1, 1), jnp.float32)

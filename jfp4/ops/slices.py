@@ -18,7 +18,7 @@ class Slices:
     XLA takes about as long for that copy as for five of that many bytes, and both stand meanwhile.
 
     Attributes:
-        each: the slices, arrays of one shape and dtype.
+        each: the slices, arrays of one shape and dtype; one at least.
     """
 
     each: tuple[Array, ...]
@@ -46,14 +46,27 @@ def is_slices(x: Any) -> bool:
 
 
 def scan_written_out(f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any) -> Any:
-    """``lax.scan(f, init, xs, unroll=True)``, where stacks in ``xs`` may be ``Slices``."""
+    """``lax.scan(f, init, xs, unroll=True)``, where stacks in ``xs`` may be ``Slices``.
+
+    Raises:
+        ValueError: ``xs`` has no slices.
+        TypeError: ``f`` changes the shapes or dtypes of what it carries.
+    """
     leaves, tree = jax.tree.flatten(xs, is_leaf=is_slices)
     slices = [leaf if is_slices(leaf) else Slices.of(leaf) for leaf in leaves]
+    if not slices or not slices[0].each:
+        raise ValueError("xs has no slices; expected one at least")
     step, carry, made = jax.jit(f), init, []  # traced once for all
     for own in zip(*(s.each for s in slices), strict=True):
-        carry, out = step(carry, jax.tree.unflatten(tree, own))
+        old, (carry, out) = carry, step(carry, jax.tree.unflatten(tree, own))
+        if _types(carry) != _types(old):
+            raise TypeError(f"f makes {_types(carry)} of {_types(old)}; expected the same")
         made.append(out)
     return carry, jax.tree.map(lambda *own: jnp.stack(own), *made)
+
+
+def _types(tree: Any) -> Any:
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
 
 
 def update_by_slices(step: Callable[..., Any], held: Any, stacked: Any, *inputs: Array) -> Any:

@@ -20,11 +20,13 @@ from jfp4.models.llama import (
     Attention,
     Llama,
     attention_implementation,
+    by_layers,
     rotary_angles,
     rotate,
     split_params,
 )
 from jfp4.nn import CalibrationStat, Linear, Prepared
+from jfp4.ops.slices import is_slices
 from jfp4.recipe import RECIPES, Recipe
 
 U = 2.0**-24  # float32's unit roundoff
@@ -349,6 +351,20 @@ def test_scan_and_remat_change_nothing(recipe, name):
     for got, expected in zip(jax.tree.leaves(other_stats), jax.tree.leaves(stats), strict=True):
         assert got.shape == (TINY.num_layers,) and np.all(np.isfinite(got))
         np.testing.assert_allclose(got, expected, rtol=16 * U)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients_by_layers_are_the_stacks(remat):
+    config = change(TINY, scan_layers=False, remat=remat)
+    params, function = gradient_function(config, FP4)
+    loss, expected = jax.jit(function, compiler_options=QUICK)(params)
+    same, found = jax.jit(lambda p: function(by_layers(p)), compiler_options=QUICK)(params)
+    assert same[0] == loss[0]
+    stacks = [leaf for leaf in jax.tree.leaves(found, is_leaf=is_slices) if is_slices(leaf)]
+    assert len(stacks) == 6  # four weights and two norms
+    whole = jax.tree.map(lambda x: x.stack() if is_slices(x) else x, found, is_leaf=is_slices)
+    for a, b in zip(*map(jax.tree.leaves, (whole, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_what_remat_recomputes():

@@ -223,7 +223,7 @@ def operations(results, backend):
         run("a bare call", bare, (both, both, nothing, nothing), both, a, b)
 
 
-def exchanged(results):
+def exchanged(results, backend):
     """Gradients summed in FP8: how far off, in units of what they may be, and what is sent."""
     mesh, parts, rows, columns = make_mesh((2, 2, 2)), 4, 64, 512
     stack = rng.normal(size=(parts, rows, columns)) * 2.0 ** rng.integers(
@@ -267,6 +267,21 @@ def exchanged(results):
     with jax.set_mesh(mesh), jfp4.grad_comm("fp8"):
         found = np.asarray(jax.jit(total)(broken))
     results["infinity"] = np.isnan(found).sum(axis=1).tolist()
+
+    # Of a layer whose gradient's columns, every other one, are 2**-20 of the others.
+    def dw(x, w, dy):
+        return jax.vjp(lambda w: jfp4.linear(x, w, "fp4"), w)[1](dy)[0]
+
+    uneven = dy * jnp.asarray(2.0 ** (-20 * (np.arange(N) % 2)), dy.dtype)
+    exact = np.asarray(jax.jit(dw)(x, w1, uneven), np.float64)
+    mesh = make_mesh((8, 1, 1))
+    by_batch, whole = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
+    with jax.set_mesh(mesh), jfp4.grad_comm("fp8"), jfp4.backend(backend):
+        given = (jax.device_put(a, s) for a, s in ((x, by_batch), (w1, whole), (uneven, by_batch)))
+        errors = np.asarray(jax.jit(dw, out_shardings=whole)(*given)) - exact
+    results["uneven"] = [
+        float(np.linalg.norm(errors[:, i::2]) / np.linalg.norm(exact[:, i::2])) for i in (0, 1)
+    ]
 
 
 def optimizer(results, backend):
@@ -361,7 +376,7 @@ def main():
     backend = sys.argv[1]
     layers(results, backend)
     operations(results, backend)
-    exchanged(results)
+    exchanged(results, backend)
     optimizer(results, backend)
     json.dump(results, sys.stdout)
 

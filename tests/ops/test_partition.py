@@ -167,6 +167,13 @@ def test_an_infinite_gradient_is_no_number_after_the_exchange(found):
     assert found["infinity"] == rows
 
 
+@pytest.mark.slow
+def test_columns_are_exchanged_alike_whatever_their_scales(found):
+    """Codes' sums are what a row's one scale serves; of values, the small ones would be lost."""
+    large, small = found["uneven"]
+    assert 2.0**-10 < large < 2.0**-3 and small < 2 * large
+
+
 def test_an_unknown_exchange():
     with pytest.raises(ValueError, match="grad_comm='bf16'; expected one of float32, fp8"):
         jfp4.grad_comm("bf16")

@@ -88,14 +88,16 @@ def test_a_written_out_scan_is_a_scan():
 
 
 def test_a_gradient_by_slices_is_copied_to_no_stack():
-    stacks = {"w": jax.ShapeDtypeStruct((5, 3, 3), jnp.float32)}
+    slices = jax.eval_shape(Slices.of, jax.ShapeDtypeStruct((5, 3, 3), jnp.float32))
 
-    def stacked(stacks):
-        text = jax.jit(lambda s: scanned(scan_written_out, s, jnp.ones((5, 3)))[1]).lower(stacks)
-        return "f32[5,3,3]" in text.compile().as_text()
+    def has_stack(of_gradient):
+        def f(slices):
+            _, gradient = scanned(scan_written_out, {"w": slices}, jnp.ones((5, 3)))
+            return of_gradient(gradient["w"])
 
-    assert stacked(stacks)
-    assert not stacked(jax.eval_shape(lambda s: jax.tree.map(Slices.of, s), stacks))
+        return "f32[5,3,3]" in jax.jit(f).lower(slices).compile().as_text()
+
+    assert has_stack(Slices.stack) and not has_stack(lambda gradient: gradient)
 
 
 def test_a_written_out_scan_traces_its_function_once():
@@ -107,3 +109,11 @@ def test_a_written_out_scan_traces_its_function_once():
 
     x, _ = scan_written_out(f, jnp.float32(1), jnp.arange(1.0, 6))
     assert float(x) == 120 and len(traced) == 1
+
+
+def test_what_is_carried_keeps_its_type_and_there_are_slices():
+    with pytest.raises(TypeError, match=r"f makes float32\[\] of bfloat16\[\]"):
+        scan_written_out(lambda c, x: (c.astype(x.dtype) + x, None), jnp.bfloat16(0), jnp.ones(3))
+    for xs in (jnp.ones((0, 2)), ()):
+        with pytest.raises(ValueError, match="xs has no slices"):
+            scan_written_out(lambda c, x: (c, x), 0.0, xs)

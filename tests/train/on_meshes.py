@@ -112,6 +112,8 @@ def main():
         results[f"{text} holds"] = held / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if text == "data=2,fsdp=2,tensor=2":
             results["fp8"], _ = run(placement, lambda batch: batch, "--grad_comm=fp8")
+            flag = "--model.no_scan_layers"
+            results["written out"], _ = run(placement, lambda batch: batch, flag)
     json.dump(results, sys.stdout)
 
 

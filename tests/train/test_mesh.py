@@ -48,9 +48,9 @@ def bounds(losses):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
-def test_losses_are_those_of_one_device(losses, mesh):
-    found = differences(losses, mesh)
+@pytest.mark.parametrize("case", [*MESHES, "written out"])
+def test_losses_are_those_of_one_device(losses, case):
+    found = differences(losses, case)
     assert all(a <= b for a, b in zip(found, bounds(losses), strict=True)), found
 
 
