@@ -103,6 +103,9 @@ class Config:
     share: float = 1.0
     """Part of each run's tokens, to try the program with."""
 
+    shared: bool = False
+    """Others use the GPUs meanwhile, and so speeds tell nothing: none are kept."""
+
     flags: str = ""
     """Other flags of train.main for every run, such as "--model.num_layers=2 --eval_batches=1"."""
 
@@ -135,9 +138,10 @@ def train_all(config: Config, runs: list[Run]) -> None:
             results[futures[future]] = future.result()
             path = write(config, [results[run] for run in runs if run in results])
             done, seconds = results[futures[future]], time.monotonic() - start
+            speed = "" if config.shared else f", {done['tokens_per_s']:,.0f} tokens/s"
             print(
                 f"[{seconds:5.0f} s] {done['group']}, {done['variant']}: validation "
-                f"{done['valid_loss']:.4f}, {done['tokens_per_s']:,.0f} tokens/s; wrote {path}",
+                f"{done['valid_loss']:.4f}{speed}; wrote {path}",
                 flush=True,
             )
 
@@ -165,7 +169,7 @@ def trained(config: Config, run: Run, gpus: "queue.Queue[int]") -> dict[str, Any
             train(name, run_dir, flags, gpu)
         finally:
             gpus.put(gpu)
-    return summary(run_dir, run)
+    return summary(run_dir, run) | ({"tokens_per_s": None} if config.shared else {})
 
 
 def summary(run_dir: Path, run: Run) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def run(study: Study, job: Job, gpus: queue.Queue[int]) -> dict[str, Any]:
 
 
 def train(name: str, run_dir: Path, flags: Sequence[str], gpu: int) -> None:
-    """Trains in a process of its own, on a GPU by its number; it may diverge.
+    """Trains in a process of its own, on the visible GPU of this number; it may diverge.
 
     Raises:
         UserError: it failed, or there is something of it that is not finished.
@@ -172,13 +172,19 @@ def train(name: str, run_dir: Path, flags: Sequence[str], gpu: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "train.main", f"--run_dir={run_dir}", *flags],
         cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": visible(gpu)},
         capture_output=True,
         text=True,
     )
     if done.returncode != 0 and "not finite" not in done.stderr:
         # All of its last words: what JAX ends with is a remark on how it shows tracebacks.
         raise UserError("\n".join([f"{name} failed:", *done.stderr.splitlines()[-20:]]))
+
+
+def visible(gpu: int) -> str:
+    """What CUDA is to be told of the GPU of this number, of those that this process may see."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[gpu] if seen else str(gpu)
 
 
 def summarize(run_dir: Path, job: Job) -> dict[str, Any]:

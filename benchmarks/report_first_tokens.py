@@ -68,7 +68,7 @@ def _row(run: dict[str, Any], reference: dict[str, Any]) -> list[str]:
         "—" if run is reference else f"{gap:+.4f} ({gap / reference['valid_loss']:+.2%})",
         f"{run['clipped']:.1%}",
         str(run["skipped"]),
-        f"{run['tokens_per_s']:,.0f}",
+        "—" if run["tokens_per_s"] is None else f"{run['tokens_per_s']:,.0f}",
         "—" if peak is None else f"{peak / 2**30:.1f}",
     ]
 
@@ -89,11 +89,14 @@ def _fp4_words(fp4: dict[str, Any], bf16: dict[str, Any]) -> str:
     pairs = zip(fp4["validations"], bf16["validations"], strict=False)  # one may have diverged
     gaps = [f"{a - b:+.4f} at {tokens / 1e6:.1f}" for (tokens, a), (_, b) in pairs]
     train = fp4["train_loss"] - bf16["train_loss"]
-    faster = fp4["tokens_per_s"] / bf16["tokens_per_s"]
-    return (
+    words = (
         f"validation loss in fp4 less that in bf16 is {', '.join(gaps)} million tokens; training "
-        f"loss ends {train:+.4f} apart. fp4 has {faster:.2f} times the tokens a second."
+        f"loss ends {train:+.4f} apart."
     )
+    if None in (fp4["tokens_per_s"], bf16["tokens_per_s"]):
+        return words
+    faster = fp4["tokens_per_s"] / bf16["tokens_per_s"]
+    return f"{words} fp4 has {faster:.2f} times the tokens a second."
 
 
 def _fp16_words(fp16: dict[str, Any], bf16: dict[str, Any]) -> str:

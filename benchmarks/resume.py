@@ -27,6 +27,9 @@ from train.errors import UserError
 POLL = 0.02
 """Seconds between looks at what a run has written."""
 
+SETTLED = 5
+"""Steps of a process after which a step takes what every step takes."""
+
 MEASURED = ("tokens_per_s", "peak_bytes")
 """What a line of metrics says of the machine: everything else is to be equal."""
 
@@ -107,7 +110,6 @@ def killed_and_resumed(own: argparse.Namespace, flags: Sequence[str]) -> dict[st
 
     about = json.loads((own.run_dir / "config.json").read_text())
     config = about["config"]
-    settled = [before[step]["tokens_per_s"] for step in before if step > 5]
     last = after[max(after)]
     return {
         "device": about["device"],
@@ -125,13 +127,19 @@ def killed_and_resumed(own: argparse.Namespace, flags: Sequence[str]) -> dict[st
         "steps": max(after),
         "repeated": repeated(before, after, own.saved),
         "loss": [after[step]["loss"] for step in sorted(after)],
-        "tokens_per_s": statistics.median(settled) if settled else last["tokens_per_s"],
+        "tokens_per_s": speed(after, own.saved),
         "peak_bytes": last.get("peak_bytes"),
         "valid_loss": last.get("valid_loss"),
         "checkpoint_bytes": size_of(own.run_dir / "checkpoints"),
         "killed run": dataclasses.asdict(first.seen),
         "resumed run": dataclasses.asdict(second.seen),
     }
+
+
+def speed(lines: dict[int, dict[str, Any]], saved: int) -> float:
+    """Median tokens a second of a whole run's steps, but for the first five of either process."""
+    settled = [n for n in lines if n > SETTLED and not saved < n <= saved + SETTLED]
+    return statistics.median(lines[n]["tokens_per_s"] for n in settled or lines)
 
 
 @dataclasses.dataclass

@@ -87,6 +87,20 @@ def test_a_finished_run_is_summed_up_and_not_trained_again(tmp_path, monkeypatch
     assert "validation 4.0000" in capsys.readouterr().out
 
 
+def test_shared_gpus_tell_no_speed():
+    found = results(FP4 | {"tokens_per_s": None}, BF16)
+    text = report_first_tokens.section(found, 0.01)
+    assert "apart." in text and "times the tokens" not in text
+
+
+@pytest.mark.parametrize(("seen", "device"), [(None, "1"), ("", "1"), ("4,6", "6")])
+def test_a_run_has_one_of_the_visible_gpus(monkeypatch, seen, device):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert loss_study.visible(1) == device
+
+
 @pytest.mark.parametrize("half", ["metrics.jsonl", "nothing"])
 def test_what_was_cut_off_is_not_taken_for_a_run(tmp_path, monkeypatch, capsys, half):
     run_dir = tmp_path / "llama1b-bf16"

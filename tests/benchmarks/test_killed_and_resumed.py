@@ -47,6 +47,11 @@ def test_steps_made_twice_are_compared_but_for_their_speed():
         resume.repeated(before, after, saved=8)
 
 
+def test_speed_is_that_of_steps_that_compile_and_load_nothing():
+    assert resume.speed(lines(1, 20), saved=10) == 13  # of 6 to 10 and 16 to 20
+    assert resume.speed(lines(1, 3), saved=2) == 2
+
+
 @pytest.mark.parametrize("numbers", [(40, 40, 60), (40, 60, 60), (20, 41, 60)])
 def test_a_kill_that_no_checkpoint_or_a_later_one_precedes_is_refused(monkeypatch, capsys, numbers):
     flags = [f"--{name}={n}" for name, n in zip(("saved", "killed", "steps"), numbers, strict=True)]
