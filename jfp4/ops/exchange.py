@@ -95,7 +95,8 @@ def _values(codes: Array, scale: Array) -> Float32[Array, "... n"]:
 def _scattered_sum(x: Float32[Array, "..."], axes: Axes, axis: int) -> Float32[Array, "..."]:
     """What ``lax.psum_scatter`` gives, each device its part along ``axis``."""
     count = lax.axis_size(axes)
-    shares = jnp.stack(jnp.split(x, count, axis=axis))
+    # Not jnp.stack of jnp.split, which XLA copies even where only the first axis is divided.
+    shares = jnp.moveaxis(x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :]), axis, 0)
     sent = (lax.all_to_all(y, axes, 0, 0, tiled=True) for y in _quantized(shares))
     return jnp.sum(_values(*sent), axis=0)
 
