@@ -42,7 +42,7 @@ def main() -> int:
     meshes = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mesh-*.json"))]
     scaling = json.loads((RESULTS / "scaling.json").read_text())
     kernels = report_kernels.load()
-    tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels)}
+    tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels, steps)}
     measured = {"measurements": report_kernels.measurements(kernels)}
     wanted = {
         DOC: document(loss, cpus, runs, resumed, firsts, steps),

@@ -51,8 +51,8 @@ def measurements(results: Results) -> str:
     return _paragraphs(sections) or "Not measured yet."
 
 
-def readme(results: Results) -> str:
-    """What the README says of speed: one line a device and kind of product."""
+def readme(results: Results, steps: dict[str, Any] | None) -> str:
+    """What the README says of speed: one line a device and kind of product, layer or train step."""
     rows = []
     for r in results["gemm"]:
         device = r["provenance"]["device"]
@@ -72,6 +72,12 @@ def readme(results: Results) -> str:
                 rows.append(
                     [r["provenance"]["device"], f"{label}, fp4 over BF16", _times(means["fp4"])]
                 )
+    if steps is not None:
+        device = steps["provenance"]["device"]
+        for line in steps["steps"]:
+            width = line["model"].removeprefix("llama").upper()
+            ratio = line["times"]["bf16"]["ms"] / line["times"]["fp4"]["ms"]
+            rows.append([device, f"{width} width, a train step, fp4 over BF16", _times(ratio)])
     return markdown(["device", "what", "speed-up"], rows) if rows else "Not measured yet."
 
 
