@@ -14,8 +14,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jfp4.ops.slices import is_slices
-
 AXES = ("data", "fsdp", "tensor")
 """Axes of a mesh, the outermost first: neighbours along ``tensor`` are nearest to each other."""
 
@@ -148,16 +146,20 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 def constrain_weights(params: nnx.State) -> nnx.State:
-    """Fixes where a State of parameters, or of their gradients, lies: as ``weight_shardings``."""
+    """Fixes where a State of parameters, or of their gradients, lies: as ``weight_shardings``.
+
+    What holds its slices in place of a stack has them divided as the stack's other axes are.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return params
 
-    def fix(place: NamedSharding, x: Any) -> Any:
-        if not is_slices(x):
-            return jax.lax.with_sharding_constraint(x, place)
-        of_slice = place.update(spec=PartitionSpec(*place.spec[1:]))
-        return jax.tree.map(lambda s: jax.lax.with_sharding_constraint(s, of_slice), x)
+    def fix(place: NamedSharding, whole: Any) -> Any:
+        def fix_part(x: Array) -> Array:
+            spec = place.spec[max(len(place.spec) - x.ndim, 0) :]
+            return jax.lax.with_sharding_constraint(x, place.update(spec=PartitionSpec(*spec)))
+
+        return jax.tree.map(fix_part, whole)
 
     return jax.tree.map(fix, weight_shardings(params, mesh), params)
 
