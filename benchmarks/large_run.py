@@ -16,7 +16,7 @@ from benchmarks.provenance import RESULTS, commit
 from train.compare import read_metrics
 
 SETTLED = 5
-"""Steps after which a step takes what every step takes."""
+"""Steps of a process after which a step takes what every step takes."""
 
 
 def main() -> int:

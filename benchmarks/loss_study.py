@@ -182,9 +182,18 @@ def train(name: str, run_dir: Path, flags: Sequence[str], gpu: int) -> None:
 
 
 def visible(gpu: int) -> str:
-    """What CUDA is to be told of the GPU of this number, of those that this process may see."""
+    """What CUDA is to be told of the GPU of this number, of those that this process may see.
+
+    Raises:
+        UserError: it may not see so many.
+    """
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return seen.split(",")[gpu] if seen else str(gpu)
+    if not seen:
+        return str(gpu)
+    names = seen.split(",")
+    if gpu >= len(names):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={seen}; expected {gpu + 1} GPUs, as --gpus says")
+    return names[gpu]
 
 
 def summarize(run_dir: Path, job: Job) -> dict[str, Any]:

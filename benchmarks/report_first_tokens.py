@@ -23,6 +23,8 @@ def section(results: list[dict[str, Any]], noise: float) -> str:
     head = ["run", "device", "tokens", "a step", "learning rate", "training loss", "validation",
             "less the first's", "clipped", "skipped", "tokens/s", "peak GiB"]  # fmt: skip
     commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
+    speeds = [run["tokens_per_s"] for runs in groups.values() for run in runs]
+    shared = "Runs without a speed shared their GPU with others. " if None in speeds else ""
     jax = ", ".join(dict.fromkeys(run["versions"]["jax"] for r in results for run in r["runs"]))
     return f"""## First tokens of larger models
 
@@ -33,7 +35,7 @@ paper's, 3e-4, with batches far smaller than the paper's four million tokens, an
 best for llama60m in BF16. Weights and moments are in float32. Training loss is the mean over the
 last twentieth of the steps; validation is on the whole split **with the recipe's own forward**,
 FP4's in FP4. So few tokens tell how runs begin, not how they end: the paper's have 100 billion.
-jax {jax}; commit {commits}.
+{shared}jax {jax}; commit {commits}.
 
 {markdown(head, rows)}
 

@@ -20,15 +20,13 @@ from typing import Any
 
 import psutil
 
+from benchmarks.large_run import SETTLED
 from benchmarks.provenance import RESULTS, ROOT, commit
 from train.compare import read_metrics
 from train.errors import UserError
 
 POLL = 0.02
 """Seconds between looks at what a run has written."""
-
-SETTLED = 5
-"""Steps of a process after which a step takes what every step takes."""
 
 MEASURED = ("tokens_per_s", "peak_bytes")
 """What a line of metrics says of the machine: everything else is to be equal."""
@@ -137,7 +135,7 @@ def killed_and_resumed(own: argparse.Namespace, flags: Sequence[str]) -> dict[st
 
 
 def speed(lines: dict[int, dict[str, Any]], saved: int) -> float:
-    """Median tokens a second of a whole run's steps, but for the first five of either process."""
+    """Median tokens a second of a run's steps, but for the first ``SETTLED`` of either process."""
     settled = [n for n in lines if n > SETTLED and not saved < n <= saved + SETTLED]
     return statistics.median(lines[n]["tokens_per_s"] for n in settled or lines)
 

@@ -19,9 +19,11 @@ struct AlignedAdamWCall : AdamWCall {
                                                           {"first", args.first},
                                                           {"second", args.second}};
       for (const auto& [name, at] : wide) {
-        if (reinterpret_cast<uintptr_t>(at) % 16 != 0) {
+        const uintptr_t excess = reinterpret_cast<uintptr_t>(at) % 16;
+        if (excess != 0) {
           return Refusal<AdamWParts>(ffi::Error::InvalidArgument(
-              std::string(name) + " starts amid 16 bytes; expected it to start at a multiple"));
+              std::string(name) + " starts " + std::to_string(excess) +
+              " bytes past a multiple of 16; expected it to start at one"));
         }
       }
     }

@@ -15,7 +15,8 @@ from jaxtyping import Array
 class Slices:
     """A stack as its slices, for what is made one at a time: nothing is copied to be stacked.
 
-    XLA takes about as long for that copy as for five of that many bytes, and both stand meanwhile.
+    With more than four slices XLA's copy takes, on an H200, two and a half times as long as its
+    bytes would, and both stand meanwhile.
 
     Attributes:
         each: the slices, arrays of one shape and dtype; one at least.

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import first_tokens, loss_study, report_first_tokens
+from train.errors import UserError
 
 
 def result(variant, recipe, dtype, losses, **changes):
@@ -91,6 +92,8 @@ def test_shared_gpus_tell_no_speed():
     found = results(FP4 | {"tokens_per_s": None}, BF16)
     text = report_first_tokens.section(found, 0.01)
     assert "apart." in text and "times the tokens" not in text
+    words = "Runs without a speed shared their GPU"
+    assert words in text and words not in report_first_tokens.section(results(FP4, BF16), 0.01)
 
 
 @pytest.mark.parametrize(("seen", "device"), [(None, "1"), ("", "1"), ("4,6", "6")])
@@ -99,6 +102,9 @@ def test_a_run_has_one_of_the_visible_gpus(monkeypatch, seen, device):
     if seen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     assert loss_study.visible(1) == device
+    if seen:
+        with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=4,6; expected 3 GPUs"):
+            loss_study.visible(2)
 
 
 @pytest.mark.parametrize("half", ["metrics.jsonl", "nothing"])
