@@ -232,11 +232,17 @@ __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t bl
     const Element next = adamw::Advance(
         args, rates, grad[i],
         {__fmul_rn(param[i], unit), __fmul_rn(first[i], scale1), __fmul_rn(second[i], scale2)});
-    param[i] = RoundParam(next.param, args.param_type, place.row.param, column + i);
+    param[i] = next.param;
     first[i] = next.first;
     second[i] = next.second;
     amax1 = max(amax1, MagnitudeBits(next.first));
     amax2 = max(amax2, MagnitudeBits(next.second));
+  }
+  if (args.param_type != DType::kF32) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      param[i] = RoundParam(param[i], args.param_type, place.row.param, column + i);
+    }
   }
   Store(param, args.param_type, args.param, offset);
 
@@ -246,9 +252,12 @@ __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t bl
       const uint32_t exponent = adamw::ScaleExponent(LargestOf<kLanes>(amax, half), type);
       const float inverse = adamw::InverseScale(exponent);
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        moment[i] =
-            RoundMoment(__fmul_rn(moment[i], inverse), type, args.stochastic, row, column + i);
+      for (int i = 0; i < kEach; ++i) moment[i] = __fmul_rn(moment[i], inverse);
+      if (args.stochastic) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          moment[i] = RoundMoment(moment[i], type, true, row, column + i);
+        }
       }
       if (lane == 0) exponents[block] = static_cast<uint8_t>(exponent);
     }

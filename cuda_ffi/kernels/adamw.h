@@ -153,9 +153,15 @@ constexpr Grid kBF16Grid = {7, 0x1p-100f}, kF16Grid = {10, 0x1p-14f}, kE4M3Grid 
 JFP4_HOST_DEVICE float RoundStochastically(float x, Grid grid, uint32_t bits) {
   const uint32_t magnitude = Bits(x) & ~0x80000000u;
   if (magnitude >= kInfinity) return x;
-  uint32_t step = magnitude & kInfinity;
-  if (step < Bits(grid.least)) step = Bits(grid.least);
-  step -= static_cast<uint32_t>(grid.mantissa_bits) << kMantissaBits;
+  if (magnitude >= Bits(grid.least)) {
+    // What the grid has no bits for is carried into its last one, if it exceeds as many bits.
+    const int rest = kMantissaBits - grid.mantissa_bits;
+    const uint32_t mask = (1u << rest) - 1;
+    const uint32_t rounded = (magnitude + (mask - (bits >> (32 - rest)))) & ~mask;
+    return Value(rounded | (Bits(x) & 0x80000000u));
+  }
+  const uint32_t step =
+      Bits(grid.least) - (static_cast<uint32_t>(grid.mantissa_bits) << kMantissaBits);
   const uint32_t inverse = (254u << kMantissaBits) - step;
   const float steps = Mul(Value(magnitude), Value(inverse));
   const float below = floorf(steps);
