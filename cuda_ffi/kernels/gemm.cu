@@ -80,15 +80,113 @@ struct Ring {
   }
 };
 
+// A warpgroup's share of the tiles, and of a tile: every second one whole, or half of every one.
+template <int kBlockN, bool kPromote>
+constexpr int kTurns = kPromote || kBlockN == kJoint ? 1 : kConsumers;
+
+constexpr int kWarps = kWarpgroup / kWarp;
+
+// Where a warpgroup is in its work.
+template <int kBlockN>
+struct Progress {
+  Ring<kStages<kBlockN>> ring;
+  // A warpgroup begins a tile when the other has seen all of the tile before arrive. Only then do
+  // the parities of the full stages tell the phase it waits for from the one before the last.
+  // Every warp says so for itself, or one that is late could miss two turns, which look like
+  // none.
+  int turn_parity;
+};
+
+// A tile of kCols columns, by the warpgroup that has it, or shares it. The sums are the caller's:
+// of an array in here the compiler would keep a second copy.
+template <int kCols, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope, int kBlockN, int kHalves>
+__device__ __forceinline__ void Compute(const Params& p, const CUtensorMap& y_map,
+                                        Shared<kBlockN>& shared, const Tile& tile, int warpgroup,
+                                        int k_blocks, Progress<kBlockN>& progress,
+                                        Sums<kBlockN> (&sums)[kHalves]) {
+  constexpr int kTurns = jfp4::kTurns<kBlockN, kPromote>;
+  const int lane = threadIdx.x % kWarp;
+  const int block_row = kTurns == 1 ? warpgroup * kWgmmaM : 0;
+  Ring<kStages<kBlockN>>& ring = progress.ring;
+  auto release = [&](int stage) {
+    if (lane < kCluster) BarrierArriveRemote(&shared.empty[stage], lane);
+  };
+  if constexpr (kSlope) PrefetchSlope(p, tile);
+  if constexpr (kPromote) {
+#pragma unroll
+    for (float& sum : sums[0]) sum = 0;
+  }
+  if constexpr (kTurns > 1) {
+    BarrierWait(&shared.turn[warpgroup], progress.turn_parity);
+    progress.turn_parity ^= 1;
+  }
+  int last = 0;
+  for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
+    BarrierWait(&shared.full[ring.stage], ring.parity);
+    const Stage<kBlockN>& stage = shared.stages[ring.stage];
+    const uint64_t a = WgmmaDescriptor(stage.a + block_row * kBlockK);
+    const uint64_t b = WgmmaDescriptor(stage.b);
+    Sums<kBlockN> partial;
+    auto multiply = [&](Sums<kBlockN>& to, int half, int i, bool accumulate) {
+      const uint64_t along_k = i * kWgmmaK >> 4;
+      const uint64_t along_m = half * kWgmmaM * kBlockK >> 4;
+      Wgmma<kCols, kAE5M2, kBE5M2>(to, a + along_k + along_m, b + along_k, accumulate);
+    };
+    WgmmaFence();
+#pragma unroll
+    for (int i = 0; i < kBlockK / kWgmmaK; ++i) {
+      if constexpr (kPromote) {
+        multiply(partial, 0, i, i > 0);
+      } else {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          multiply(sums[half], half, i, kb > 0 || i > 0);
+        }
+      }
+    }
+    WgmmaCommit();
+    if constexpr (kTurns > 1) {
+      // The other warpgroup's first products queue up behind the last ones of this tile.
+      if (kb == k_blocks - 1 && lane == 0) BarrierArrive(&shared.turn[kTurns - 1 - warpgroup]);
+    }
+    if constexpr (kPromote) {
+      WgmmaWait<0>();
+      release(ring.stage);
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) sums[0][i] += partial[i];
+    } else {
+      // The products before these are done: their stage may be filled again.
+      WgmmaWait<1>();
+      if (kb > 0) release(last);
+      last = ring.stage;
+    }
+  }
+  if constexpr (!kPromote) {
+    WgmmaWait<0>();
+    release(last);
+    // Over the steps of the other warpgroup's tile.
+    ring.Advance((kTurns - 1) * k_blocks);
+  }
+  const int row = tile.row + block_row + threadIdx.x % kWarpgroup / kWarp * 16 + lane / 4;
+  const int col = tile.col + 2 * (lane % 4);
+  Finish<kCols>(p, tile.batch, row, col, sums);
+  // Its registers would be every other product's too.
+  if constexpr (kSlope) MultiplyBySlope<kCols>(p, tile.batch, row, col, sums);
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    Store<kCols>(p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
+                 tile.row + block_row + half * kWgmmaM, sums[half]);
+  }
+}
+
 template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     GemmKernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+               const __grid_constant__ CUtensorMap narrow_map,
                const __grid_constant__ CUtensorMap y_map, const Params p) {
-  // A warpgroup's share of the tiles, and of a tile: every second one whole, or half of every one.
-  constexpr int kTurns = kPromote || kBlockN == kJoint ? 1 : kConsumers;
+  constexpr int kTurns = jfp4::kTurns<kBlockN, kPromote>;
   constexpr int kHalves = kTurns == 1 ? 1 : kBlockM / kWgmmaM;
   constexpr int kSharers = kConsumers / kTurns;  // warpgroups of a tile
-  constexpr int kWarps = kWarpgroup / kWarp;
 
   extern __shared__ uint8_t raw[];
   auto& shared = *reinterpret_cast<Shared<kBlockN>*>(
@@ -96,7 +194,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   // Broadcast, so that the compiler keeps in uniform registers what follows from it.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
   const int k_blocks = (p.k + kBlockK - 1) / kBlockK;
-  const Schedule<kBlockN> schedule(p.batch, p.m, p.n);
+  const Schedule<kBlockN> schedule(p.batch, p.m, p.n, p.full_cols);
   const int cluster = blockIdx.x / kCluster;
   const int clusters = gridDim.x / kCluster;
 
@@ -134,8 +232,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     RegistersDecrease<kProducerRegisters>();
     const int warp = threadIdx.x % kWarpgroup / kWarp;
     if (warp == 0) {
-      constexpr int kPartN = kBlockN / kCluster;
-      const int part = ClusterRank() * kPartN;
       Ring<kStages<kBlockN>> ring;
       for (int turn = 0;; ++turn) {
         const int index = next_tile(turn);
@@ -143,13 +239,15 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         if (lane == 0) {
           BarrierExpect(&shared.next_full[turn % kConsumers], sizeof(uint32_t));
           const Tile tile = schedule[index];
+          const int part = ClusterRank() * (tile.cols / kCluster);
+          const CUtensorMap* map = tile.cols == kBlockN ? &b_map : &narrow_map;
           for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
             Stage<kBlockN>& stage = shared.stages[ring.stage];
             uint64_t* full = &shared.full[ring.stage];
             BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
-            BarrierExpect(full, sizeof(stage));
+            BarrierExpect(full, (kBlockM + tile.cols) * kBlockK);
             TensorLoad(stage.a, &a_map, full, kb * kBlockK, tile.row, tile.batch);
-            TensorLoadMulticast(stage.b + part * kBlockK, &b_map, full, (1 << kCluster) - 1,
+            TensorLoadMulticast(stage.b + part * kBlockK, map, full, (1 << kCluster) - 1,
                                 kb * kBlockK, tile.col + part, tile.batch);
           }
         }
@@ -176,89 +274,23 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     }
   } else {
     RegistersIncrease<kConsumerRegisters>();
-    const int warp_row = threadIdx.x % kWarpgroup / kWarp * 16 + lane / 4;
     const int first = kTurns == 1 ? 0 : warpgroup;  // of the tiles that it takes
-    // A warpgroup begins a tile when the other has seen all of the tile before arrive. Only then do
-    // the parities of the full stages tell the phase it waits for from the one before the last.
-    // Every warp says so for itself, or one that is late could miss two turns, which look like
-    // none.
-    int turn_parity = first == 0 ? 1 : 0;
-    const int block_row = kTurns == 1 ? warpgroup * kWgmmaM : 0;
-    auto release = [&](int stage) {
-      if (lane < kCluster) BarrierArriveRemote(&shared.empty[stage], lane);
-    };
-    Ring<kStages<kBlockN>> ring;
-    ring.Advance(first * k_blocks);
+    Progress<kBlockN> progress{{}, first == 0};
+    progress.ring.Advance(first * k_blocks);
     for (int turn = first;; turn += kTurns) {
       const int index = next_tile(turn);
       if (index >= schedule.total) break;
       const Tile tile = schedule[index];
-      if constexpr (kSlope) PrefetchSlope(p, tile, kBlockN);
       Sums<kBlockN> sums[kHalves];
-      if constexpr (kPromote) {
-#pragma unroll
-        for (float& sum : sums[0]) sum = 0;
-      }
-      if constexpr (kTurns > 1) {
-        BarrierWait(&shared.turn[first], turn_parity);
-        turn_parity ^= 1;
-      }
-      int last = 0;
-      for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
-        BarrierWait(&shared.full[ring.stage], ring.parity);
-        const Stage<kBlockN>& stage = shared.stages[ring.stage];
-        const uint64_t a = WgmmaDescriptor(stage.a + block_row * kBlockK);
-        const uint64_t b = WgmmaDescriptor(stage.b);
-        Sums<kBlockN> partial;
-        auto multiply = [&](Sums<kBlockN>& to, int half, int i, bool accumulate) {
-          const uint64_t along_k = i * kWgmmaK >> 4;
-          const uint64_t along_m = half * kWgmmaM * kBlockK >> 4;
-          Wgmma<kBlockN, kAE5M2, kBE5M2>(to, a + along_k + along_m, b + along_k, accumulate);
-        };
-        WgmmaFence();
-#pragma unroll
-        for (int i = 0; i < kBlockK / kWgmmaK; ++i) {
-          if constexpr (kPromote) {
-            multiply(partial, 0, i, i > 0);
-          } else {
-#pragma unroll
-            for (int half = 0; half < kHalves; ++half) {
-              multiply(sums[half], half, i, kb > 0 || i > 0);
-            }
-          }
-        }
-        WgmmaCommit();
-        if constexpr (kTurns > 1) {
-          // The other warpgroup's first products queue up behind the last ones of this tile.
-          if (kb == k_blocks - 1 && lane == 0) BarrierArrive(&shared.turn[kTurns - 1 - first]);
-        }
-        if constexpr (kPromote) {
-          WgmmaWait<0>();
-          release(ring.stage);
-#pragma unroll
-          for (int i = 0; i < kBlockN / 2; ++i) sums[0][i] += partial[i];
-        } else {
-          // The products before these are done: their stage may be filled again.
-          WgmmaWait<1>();
-          if (kb > 0) release(last);
-          last = ring.stage;
+      if constexpr (kBlockN == kWide) {
+        if (tile.cols == kNarrow) {
+          Compute<kNarrow, kAE5M2, kBE5M2, kPromote, kSlope>(p, y_map, shared, tile, warpgroup,
+                                                             k_blocks, progress, sums);
+          continue;
         }
       }
-      if constexpr (!kPromote) {
-        WgmmaWait<0>();
-        release(last);
-        // Over the steps of the other warpgroup's tile.
-        ring.Advance((kTurns - 1) * k_blocks);
-      }
-      const int row = tile.row + block_row + warp_row, col = tile.col + 2 * (lane % 4);
-      Finish<kBlockN>(p, tile.batch, row, col, sums);
-      // Its registers would be every other product's too.
-      if constexpr (kSlope) MultiplyBySlope<kBlockN>(p, tile.batch, row, col, sums);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        Store<kBlockN>(p, y_map, shared.store[warpgroup], 1 + warpgroup, tile,
-                       tile.row + block_row + half * kWgmmaM, sums[half]);
-      }
+      Compute<kBlockN, kAE5M2, kBE5M2, kPromote, kSlope>(p, y_map, shared, tile, warpgroup,
+                                                         k_blocks, progress, sums);
     }
     if (threadIdx.x % kWarpgroup == 0) TensorStoreWaitRead<0>();
   }
@@ -270,8 +302,15 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 int OutBytes(DType type) { return type == DType::kF32 ? 4 : 2; }
 
 // Up to so many tiles a cluster, none gets far enough ahead of the others for it to pay to zero the
-// counter.
+// counter. But a product that takes long may find multiprocessors taken, by a collective beside it:
+// clusters that have to wait for one begin when others end, and so would tiles dealt out to them.
 constexpr int kFewTurns = 6;
+constexpr double kLong = 0x1p36;  // m n k
+
+bool Deals(const Gemm& g, int tiles, int clusters) {
+  const double products = static_cast<double>(g.batch) * g.m * g.n * g.k;
+  return tiles <= clusters || (tiles <= kFewTurns * clusters && products < kLong);
+}
 
 // Whether y's rows are multiples of 16 bytes, as the copy engine wants them.
 bool HasBulkRows(const Gemm& g) {
@@ -279,13 +318,13 @@ bool HasBulkRows(const Gemm& g) {
 }
 
 template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
-cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
-  const int tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
-  const bool deals = tiles <= kFewTurns * clusters;
+cudaError_t Launch(const Gemm& g, int full_cols, int clusters, cudaStream_t stream) {
+  const int tiles = Schedule<kBlockN>(g.batch, g.m, g.n, full_cols).total;
   const Params p{static_cast<int>(g.batch),
                  static_cast<int>(g.m),
                  static_cast<int>(g.n),
                  static_cast<int>(g.k),
+                 full_cols,
                  g.a_scale,
                  g.b_scale,
                  g.a_scale_size,
@@ -298,15 +337,17 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
                  g.n % 2 == 0 && reinterpret_cast<uintptr_t>(g.slope.w) % sizeof(float2) == 0,
                  g.y,
                  g.out_type,
-                 deals ? nullptr : g.counter,
+                 Deals(g, tiles, clusters) ? nullptr : g.counter,
                  HasBulkRows(g)};
-  CUtensorMap a_map, b_map, y_map{};
+  CUtensorMap a_map, b_map, narrow_map, y_map{};
   cudaError_t status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m,
                                      g.k, kBlockM, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B);
   if (status != cudaSuccess) return status;
-  status = MakeTensorMap(&b_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.b, g.batch, g.n, g.k,
-                         kBlockN / kCluster, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B);
-  if (status != cudaSuccess) return status;
+  for (auto [map, cols] : {std::pair(&b_map, kBlockN), std::pair(&narrow_map, kNarrow)}) {
+    status = MakeTensorMap(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.b, g.batch, g.n, g.k,
+                           cols / kCluster, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B);
+    if (status != cudaSuccess) return status;
+  }
   if (p.bulk_store) {
     const CUtensorMapDataType type = g.out_type == DType::kBF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                      : g.out_type == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -330,33 +371,57 @@ cudaError_t Launch(const Gemm& g, int clusters, cudaStream_t stream) {
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, a_map, b_map, y_map, p);
+  return cudaLaunchKernelEx(&config, kernel, a_map, b_map, narrow_map, y_map, p);
 }
 
 bool HasSlope(const Gemm& g) { return g.slope.w != nullptr; }
 
-// About how long a product takes with tiles of this width: columns that a cluster computes one
-// after the other, in units of a column of a wide tile. The factors were measured on products that
-// fill the GPU; a joint tile's epilogue takes as long as 400 steps of 1 along k.
+// A way to divide y into tiles, and about how long the product then takes: columns that a cluster
+// computes one after the other, in units of a column of a wide tile.
+struct Tiling {
+  float cost;
+  int width, full_cols;
+
+  bool operator<(const Tiling& other) const { return cost < other.cost; }
+};
+
+int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Tiles of one width. The factors were measured on products that fill the GPU; a joint tile's
+// epilogue takes as long as 400 steps of 1 along k.
 template <int kBlockN>
-float Cost(const Gemm& g, int clusters) {
-  const int64_t tiles = Schedule<kBlockN>(g.batch, g.m, g.n).total;
+Tiling Uniform(const Gemm& g, int clusters) {
   const float factor = kBlockN == kNarrow   ? 1.1f
                        : kBlockN == kMedium ? 1.03f
                        : kBlockN == kWide   ? 1.0f
                                             : 0.985f + 400.0f / g.k;
-  return (tiles + clusters - 1) / clusters * kBlockN * factor;
+  const int cols = CeilDiv(g.n, kBlockN);
+  const int tiles = Schedule<kBlockN>(g.batch, g.m, g.n, cols).total;
+  return {CeilDiv(tiles, clusters) * kBlockN * factor, kBlockN, cols};
 }
 
-int ChooseWidth(const Gemm& g, int clusters) {
-  if (g.promote || !HasBulkRows(g)) return kNarrow;
-  const std::pair narrow(Cost<kNarrow>(g, clusters), kNarrow);
-  const std::pair wide(Cost<kWide>(g, clusters), kWide);
-  // An epilogue with a slope is too long to be shown, as a joint tile's would be.
-  if (HasSlope(g)) return std::min(narrow, wide).second;
-  const std::pair medium(Cost<kMedium>(g, clusters), kMedium);
-  const std::pair joint(Cost<kJoint>(g, clusters), kJoint);
-  return std::min({narrow, medium, wide, joint}).second;
+// Wide tiles and narrow ones after them, which read a again: of as many as end first.
+Tiling WideThenNarrow(const Gemm& g, int clusters) {
+  constexpr float kNarrowCost = 1.2f * kNarrow;
+  Tiling best = Uniform<kWide>(g, clusters);
+  for (int cols = 0; cols <= g.n / kWide; ++cols) {
+    const Schedule<kWide> schedule(g.batch, g.m, g.n, cols);
+    // Clusters that have a wide tile less than others have time for a narrow one.
+    const int busy = schedule.full % clusters, idle = busy == 0 ? 0 : clusters - busy;
+    const int left = std::max(0, schedule.total - schedule.full - idle);
+    const float cost =
+        CeilDiv(schedule.full, clusters) * kWide + CeilDiv(left, clusters) * kNarrowCost;
+    best = std::min(best, Tiling{cost, kWide, cols});
+  }
+  return best;
+}
+
+Tiling Choose(const Gemm& g, int clusters) {
+  const Tiling narrow = Uniform<kNarrow>(g, clusters);
+  // The slope's registers leave none for more sums.
+  if (g.promote || HasSlope(g) || !HasBulkRows(g)) return narrow;
+  return std::min({narrow, Uniform<kMedium>(g, clusters), WideThenNarrow(g, clusters),
+                   Uniform<kJoint>(g, clusters)});
 }
 
 }  // namespace
@@ -373,13 +438,14 @@ cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
   const int clusters = sms / kCluster;
+  const Tiling tiling = Choose(g, clusters);
   auto launch = [&](auto block_n, auto promote, auto slope) {
     constexpr int kBlockN = block_n();
     constexpr bool kPromote = promote(), kSlope = slope();
     auto of_types = g.a_e5m2   ? Launch<kBlockN, true, false, kPromote, kSlope>
                     : g.b_e5m2 ? Launch<kBlockN, false, true, kPromote, kSlope>
                                : Launch<kBlockN, false, false, kPromote, kSlope>;
-    return of_types(g, clusters, stream);
+    return of_types(g, tiling.full_cols, clusters, stream);
   };
   using No = std::false_type;
   using Yes = std::true_type;
@@ -387,17 +453,17 @@ cudaError_t LaunchGemm(const Gemm& g, cudaStream_t stream) {
   const std::integral_constant<int, kMedium> medium;
   const std::integral_constant<int, kWide> wide;
   const std::integral_constant<int, kJoint> joint;
-  const bool slope = HasSlope(g);
-  if (g.promote) return slope ? launch(narrow, Yes(), Yes()) : launch(narrow, Yes(), No());
-  switch (ChooseWidth(g, clusters)) {
+  if (g.promote) return HasSlope(g) ? launch(narrow, Yes(), Yes()) : launch(narrow, Yes(), No());
+  if (HasSlope(g)) return launch(narrow, No(), Yes());
+  switch (tiling.width) {
     case kMedium:
       return launch(medium, No(), No());
     case kWide:
-      return slope ? launch(wide, No(), Yes()) : launch(wide, No(), No());
+      return launch(wide, No(), No());
     case kJoint:
       return launch(joint, No(), No());
   }
-  return slope ? launch(narrow, No(), Yes()) : launch(narrow, No(), No());
+  return launch(narrow, No(), No());
 }
 
 }  // namespace jfp4

@@ -20,11 +20,11 @@ constexpr int kStoreBytes = kWgmmaM * 128;
 template <int kBlockN>
 constexpr int kStoreBuffers = kBlockN == kNarrow || kBlockN == kJoint ? 2 : 1;
 
-// Scales, rank terms and bias, in FP32 and in this order. Register 4 j + 2 h + c of half i is row
-// row + 64 i + 8 h and column col + 8 j + c.
-template <int kBlockN, int kHalves>
+// Scales, rank terms and bias, in FP32 and in this order, of a tile of kCols columns. Register 4 j
+// + 2 h + c of half i is row row + 64 i + 8 h and column col + 8 j + c.
+template <int kCols, int kHalves, int kSums>
 __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int col,
-                                       Sums<kBlockN> (&y)[kHalves]) {
+                                       float (&y)[kHalves][kSums]) {
   constexpr int kRows = 2 * kHalves;
   const int64_t first_row = int64_t{batch} * p.m, first_col = int64_t{batch} * p.n + col;
   auto of_rows = [&](const float* values, int64_t stride, float (&out)[kRows]) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
   auto for_columns = [&](const float* values, bool per_column, float value, auto f) {
     auto pass = [&](auto inside) {
 #pragma unroll
-      for (int j = 0; j < kBlockN / 8; ++j) {
+      for (int j = 0; j < kCols / 8; ++j) {
         // Keeps the loads near their use: the registers would not hold them all beside the sums.
         if (j % 8 == 0) asm volatile("" : "+r"(col)::"memory");
         float2 pair = make_float2(value, value);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void Finish(const Params& p, int batch, int row, int 
       }
     };
     const bool aligned = reinterpret_cast<uintptr_t>(values) % sizeof(float2) == 0;
-    if (per_column && aligned && col + kBlockN - 7 < p.n) {
+    if (per_column && aligned && col + kCols - 7 < p.n) {
       pass(std::true_type());
     } else {
       pass(std::false_type());
@@ -124,7 +124,7 @@ __device__ __forceinline__ float2 Unpack(Pair<kType> pair) {
 }
 
 // Has the rows of w that a tile's slope needs brought into L2, before its products begin.
-__device__ __forceinline__ void PrefetchSlope(const Params& p, const Tile& tile, int cols) {
+__device__ __forceinline__ void PrefetchSlope(const Params& p, const Tile& tile) {
   constexpr int kLine = 128;
   const int row = tile.row + threadIdx.x % kWarpgroup;
   static_assert(kBlockM == kWarpgroup);
@@ -132,20 +132,20 @@ __device__ __forceinline__ void PrefetchSlope(const Params& p, const Tile& tile,
   const int bytes = ElementBytes(p.slope.type);
   const char* from = static_cast<const char*>(p.slope.w) +
                      ((int64_t{tile.batch} * p.m + row) * p.n + tile.col) * bytes;
-  const int length = min(cols, p.n - tile.col) * bytes;
+  const int length = min(tile.cols, p.n - tile.col) * bytes;
   for (int i = 0; i < length; i += kLine) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
   }
 }
 
 // Multiplies by the estimator's slope; indices as in Finish.
-template <DType kType, bool kAligned, int kBlockN, int kHalves>
+template <DType kType, bool kAligned, int kCols, int kHalves, int kSums>
 __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int row, int col,
-                                                Sums<kBlockN> (&sums)[kHalves]) {
+                                                float (&sums)[kHalves][kSums]) {
   constexpr int kRows = 2 * kHalves;
   // Pairs of a row that are loaded together, as far as there are registers.
-  constexpr int kInFlight = (kBlockN == kNarrow ? 8 : 4) / (kType == DType::kF32 ? 2 : 1);
-  static_assert(kBlockN / 8 % kInFlight == 0);
+  constexpr int kInFlight = kType == DType::kF32 ? 4 : 8;
+  static_assert(kCols / 8 % kInFlight == 0);
   const Slope& slope = p.slope;
   const float* scales = slope.scale + batch * slope.scale_size;
   const bool single = slope.scale_size == 1;
@@ -157,7 +157,7 @@ __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int 
     rows[r] = (int64_t{batch} * p.m + in_range) * p.n;
   }
 #pragma unroll
-  for (int first = 0; first < kBlockN / 8; first += kInFlight) {
+  for (int first = 0; first < kCols / 8; first += kInFlight) {
     Pair<kType> w[kInFlight][kRows];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -183,14 +183,14 @@ __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int 
   }
 }
 
-template <int kBlockN, int kHalves>
+template <int kCols, int kHalves, int kSums>
 __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int row, int col,
-                                                Sums<kBlockN> (&sums)[kHalves]) {
+                                                float (&sums)[kHalves][kSums]) {
   auto of_type = [&](auto type) {
     if (p.slope_aligned) {
-      MultiplyBySlope<decltype(type)::value, true, kBlockN>(p, batch, row, col, sums);
+      MultiplyBySlope<decltype(type)::value, true, kCols>(p, batch, row, col, sums);
     } else {
-      MultiplyBySlope<decltype(type)::value, false, kBlockN>(p, batch, row, col, sums);
+      MultiplyBySlope<decltype(type)::value, false, kCols>(p, batch, row, col, sums);
     }
   };
   if (p.slope.type == DType::kBF16) of_type(std::integral_constant<DType, DType::kBF16>());
@@ -210,23 +210,22 @@ __device__ __forceinline__ uint32_t Cast(DType type, float first, float second) 
 template <int kBlockN>
 constexpr bool kAnyRows = kBlockN == kNarrow;
 
-// Writes 64 rows of a tile, from first_row on, in boxes of 128 bytes a row.
-template <int kBytes, int kBlockN>
+// Writes 64 rows of a tile of kCols columns, from first_row on, in boxes of 128 bytes a row.
+template <int kBytes, int kCols, int kBuffers, int kSums>
 __device__ __forceinline__ void StoreBoxes(const Params& p, const CUtensorMap& y_map,
-                                           uint8_t (&buffers)[kStoreBuffers<kBlockN>][kStoreBytes],
-                                           int barrier, const Tile& tile, int first_row,
-                                           const Sums<kBlockN>& y) {
-  constexpr int kBuffers = kStoreBuffers<kBlockN>;
+                                           uint8_t (&buffers)[kBuffers][kStoreBytes], int barrier,
+                                           const Tile& tile, int first_row,
+                                           const float (&y)[kSums]) {
   constexpr int kBoxCols = 128 / kBytes;
-  constexpr int kBoxes = (kBlockN + kBoxCols - 1) / kBoxCols;
+  constexpr int kBoxes = (kCols + kBoxCols - 1) / kBoxCols;
   // Buffers come in the same order in every call.
-  static_assert(kBlockN % 16 == 0 && kBoxCols % 16 == 0 && kBoxes % kBuffers == 0);
+  static_assert(kCols % 16 == 0 && kBoxCols % 16 == 0 && kBoxes % kBuffers == 0);
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % kWarp;
 #pragma unroll
   for (int box = 0; box < kBoxes; ++box) {
     // The last box may reach back over columns that are written already, with the same values.
-    constexpr int kLast = kBlockN - kBoxCols;
+    constexpr int kLast = kCols - kBoxCols;
     const int box_col = box * kBoxCols < kLast ? box * kBoxCols : kLast;
     uint8_t* buffer = buffers[box % kBuffers];
     if (thread == 0) TensorStoreWaitRead<kBuffers - 1>();
@@ -256,7 +255,7 @@ __device__ __forceinline__ void StoreBoxes(const Params& p, const CUtensorMap& y
       }
     }
     const int first_col = tile.col + box_col;
-    if (!kAnyRows<kBlockN> || p.bulk_store) {
+    if (!kAnyRows<2 * kSums> || p.bulk_store) {
       FenceAsyncProxy();
       NamedBarrier(barrier, kWarpgroup);
       if (thread == 0) {
@@ -281,15 +280,14 @@ __device__ __forceinline__ void StoreBoxes(const Params& p, const CUtensorMap& y
   }
 }
 
-template <int kBlockN>
+template <int kCols, int kBuffers, int kSums>
 __device__ __forceinline__ void Store(const Params& p, const CUtensorMap& y_map,
-                                      uint8_t (&buffers)[kStoreBuffers<kBlockN>][kStoreBytes],
-                                      int barrier, const Tile& tile, int first_row,
-                                      const Sums<kBlockN>& y) {
+                                      uint8_t (&buffers)[kBuffers][kStoreBytes], int barrier,
+                                      const Tile& tile, int first_row, const float (&y)[kSums]) {
   if (p.out_type == DType::kF32) {
-    StoreBoxes<4, kBlockN>(p, y_map, buffers, barrier, tile, first_row, y);
+    StoreBoxes<4, kCols>(p, y_map, buffers, barrier, tile, first_row, y);
   } else {
-    StoreBoxes<2, kBlockN>(p, y_map, buffers, barrier, tile, first_row, y);
+    StoreBoxes<2, kCols>(p, y_map, buffers, barrier, tile, first_row, y);
   }
 }
 

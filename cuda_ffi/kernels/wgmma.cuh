@@ -52,11 +52,12 @@ namespace jfp4 {
     JFP4_WGMMA(N, COUNT, A, B, ACCUMULATE, "e4m3", "e4m3"); \
   }
 
-// `accumulate` false overwrites d. The operands are descriptors (hopper.cuh); a row of d lies in
-// the four lanes lane / 4 of a warp, register 4 j + 2 h + c holding row lane / 4 + 8 h and column
-// 8 j + 2 (lane % 4) + c.
-template <int kN, bool kAE5M2, bool kBE5M2>
-__device__ __forceinline__ void Wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+// Adds to the first kN / 2 sums of d, or with `accumulate` false overwrites them. The operands are
+// descriptors (hopper.cuh); a row of d lies in the four lanes lane / 4 of a warp, register
+// 4 j + 2 h + c holding row lane / 4 + 8 h and column 8 j + 2 (lane % 4) + c.
+template <int kN, bool kAE5M2, bool kBE5M2, int kSums>
+__device__ __forceinline__ void Wgmma(float (&d)[kSums], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kN <= 2 * kSums);
   static_assert((kN == 128 || kN == 160 || kN == 192 || kN == 256) && !(kAE5M2 && kBE5M2));
   if constexpr (kN == 128) {
     JFP4_WGMMA_OF_TYPES("128", 64, "%64", "%65", "%66");

@@ -97,11 +97,13 @@ def test_every_pair_of_four_bit_formats(backend, formats):
 # ------------------------------------------------------------------------------ many tiles
 
 LARGE = {
-    "narrow": (2304, 512, 1024),
+    "narrow": (2304, 512, 1500),
     "medium": (2048, 512, 5120),
     "wide": (2048, 512, 13824),
     "joint": (2048, 11008, 4096),
-    "wide, several in turn": (8192, 256, 11008),
+    "wide, several in turn": (16384, 256, 13824),
+    "wide, then narrow": (4096, 512, 4096),
+    "wide, then narrow, several in turn": (8192, 256, 11008),
     "edges": (2100, 272, 5272),
 }
 """Sizes of which a GPU of 132 multiprocessors takes tiles of each width, and several by a block."""
@@ -147,7 +149,7 @@ def test_every_width_of_tile_is_exact(size, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("size", ["narrow", "wide", "edges"])
-def test_every_width_of_tile_with_a_slope(size, dtype):
+def test_a_slope_at_every_size(size, dtype):
     """To within what the slope may be off by."""
     m, k, n = LARGE[size]
     a, b = codes_on_device(m, (m, k), 1), codes_on_device(n, (k, n), 0)
