@@ -1,4 +1,4 @@
-"""The first ten million tokens of a Llama of 1.3 billion in FP4 and in BF16, and FP16 beside BF16.
+"""The first tokens of Llamas of 1.3 and 7 billion in FP4 and in BF16, and FP16 beside BF16.
 
 ``python -m benchmarks.first_tokens --data=SHARDS`` trains every run of ``RUNS`` by ``python -m
 train.main``, on as many GPUs at a time as it is told of, and writes first_tokens-DEVICE.json to
@@ -59,12 +59,20 @@ class Run:
 
 LARGE = ("--model=llama1b", "--model.no_scan_layers")
 SMALL = ("--model=llama130m", "--model.no_scan_layers")
+LARGEST = (
+    "--model=llama7b", "--model.no_scan_layers", "--model.remat=none",
+    "--optimizer.master=bfloat16", "--optimizer.first_moment=e4m3",
+    "--optimizer.second_moment=float16",
+)  # fmt: skip
 
 RUNS = (
     # The paper's learning rate, of all its sizes; its batches of four million tokens would make
     # three steps of ten million.
     Run("llama1b", "bf16", (*LARGE, "--recipe=bf16"), 10_000_000, 3e-4),
     Run("llama1b", "fp4", (*LARGE, "--recipe=fp4"), 10_000_000, 3e-4),
+    # As many as a GPU has in three minutes.
+    Run("llama7b", "bf16", (*LARGEST, "--recipe=bf16"), 2_500_000, 3e-4),
+    Run("llama7b", "fp4", (*LARGEST, "--recipe=fp4"), 2_500_000, 3e-4),
     # The best that llama60m was found to have (docs/results.md).
     *(
         Run(

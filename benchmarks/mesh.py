@@ -59,7 +59,7 @@ TRACED = 3
 BRIEF = 0.05
 """Milliseconds a step below which a kernel is not named."""
 
-COLLECTIVE = re.compile(r"nccl|MemcpyP2P|SendRecv|all_?reduce_?kernel", re.IGNORECASE)
+COLLECTIVE = re.compile(r"nccl|MemcpyP2P|SendRecv|all_?reduce_?kernel|^p(max|sum)_", re.IGNORECASE)
 """Names of what moves data between GPUs; what waits for another GPU counts too."""
 
 

@@ -92,7 +92,7 @@ def _columns_xla(w: Array) -> Any:
 
 def _gradient(dy: Array, row_factor: Array, col_factor: Array) -> Any:
     amax = ffi.gradient_amax(dy, col_factor, row_factor)
-    return ffi.quantize_gradient(dy, col_factor, row_factor, amax, format="e5m2")
+    return ffi.quantize_gradient(dy, col_factor, row_factor, *amax, format="e5m2")
 
 
 def _gradient_xla(dy: Array, row_factor: Array, col_factor: Array) -> Any:

@@ -35,7 +35,7 @@ def _part(result: dict[str, Any]) -> str:
     source = result["provenance"]
     parts = [
         f"{result['devices']} x {source['device']} of one host; jax {source['versions']['jax']}; "
-        f"commit {source['commit']}:",
+        f"commit {source['commit']}{_nccl(source)}:",
         mesh.table(result),
         sentences(result),
     ]
@@ -43,6 +43,11 @@ def _part(result: dict[str, Any]) -> str:
     if missing:
         parts.append(f"Not measured: {'; '.join(missing)}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def _nccl(source: dict[str, Any]) -> str:
+    asked = source.get("nccl", {}).items()
+    return "".join(f"; `{name}={value}`" for name, value in asked)
 
 
 def sentences(result: dict[str, Any]) -> str:

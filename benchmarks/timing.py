@@ -392,6 +392,7 @@ def gpu_provenance() -> dict[str, Any]:
     source["driver"] = next(_nvidia_smi("driver_version"), None)
     source["power_limit"] = next(_nvidia_smi("power.limit"), None)
     source["xla_flags"] = os.environ.get("XLA_FLAGS", "")
+    source["nccl"] = {name: os.environ[name] for name in sorted(os.environ) if "NCCL_" in name}
     return source
 
 

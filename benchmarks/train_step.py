@@ -51,7 +51,9 @@ def run(log: Log, quick: bool) -> dict[str, Any]:
 
 def step_times(log: Log, model: str) -> dict[str, Any]:
     """Times the recipes' steps by turns."""
-    llama = dataclasses.replace(MODELS[model], num_layers=LAYERS[model], remat="none", scan_layers=False)
+    llama = dataclasses.replace(
+        MODELS[model], num_layers=LAYERS[model], remat="none", scan_layers=False
+    )
     configs = {
         recipe: TrainConfig(
             model=model, recipe=recipe, batch_size=SEQUENCES, seq_len=LENGTH, steps=1000, lr=1e-4,

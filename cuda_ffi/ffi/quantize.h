@@ -66,11 +66,12 @@ struct GradientAmaxCall {
         .template Arg<Buffer>()   // dy: [..., m, n]
         .template Arg<Buffer>()   // col_factor: f32 [..., 1, n]
         .template Arg<Buffer>()   // row_factor: f32 [..., m, 1]
-        .template Ret<Buffer>();  // amax: f32 [..., m + n]
+        .template Ret<Buffer>()   // row_amax: f32 [..., m, 1]
+        .template Ret<Buffer>();  // col_amax: f32 [..., 1, n]
   }
 
   static ffi::ErrorOr<GradientAmax> Read(Buffer dy, Buffer col_factor, Buffer row_factor,
-                                         Output amax);
+                                         Output row_amax, Output col_amax);
 };
 
 struct QuantizeGradientCall {
@@ -83,7 +84,8 @@ struct QuantizeGradientCall {
         .template Arg<Buffer>()  // dy: [..., m, n]
         .template Arg<Buffer>()  // col_factor: f32 [..., 1, n]
         .template Arg<Buffer>()  // row_factor: f32 [..., m, 1]
-        .template Arg<Buffer>()  // amax: f32 [..., m + n]
+        .template Arg<Buffer>()  // row_amax: f32 [..., m, 1]
+        .template Arg<Buffer>()  // col_amax: f32 [..., 1, n]
         .template Ret<Buffer>()  // codes: [..., m, n]
         .template Ret<Buffer>()  // row_scale: f32 [..., m, 1]
         .template Ret<Buffer>()  // codes_t: [..., n, m]
@@ -92,8 +94,9 @@ struct QuantizeGradientCall {
   }
 
   static ffi::ErrorOr<QuantizeGradient> Read(Buffer dy, Buffer col_factor, Buffer row_factor,
-                                             Buffer amax, Output codes, Output row_scale,
-                                             Output codes_t, Output col_scale, int32_t format);
+                                             Buffer row_amax, Buffer col_amax, Output codes,
+                                             Output row_scale, Output codes_t, Output col_scale,
+                                             int32_t format);
 };
 
 inline Outliers CheckOutliers(Checker& check, Buffer lo, Buffer hi, Format format,
@@ -162,22 +165,24 @@ inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer 
 }
 
 inline ffi::ErrorOr<GradientAmax> GradientAmaxCall::Read(Buffer dy, Buffer col_factor,
-                                                         Buffer row_factor, Output amax) {
+                                                         Buffer row_factor, Output row_amax,
+                                                         Output col_amax) {
   Checker check("dy", dy, 2);
   const int64_t m = check.dim(0), n = check.dim(1);
   GradientAmax args{};
   args.in = {dy.untyped_data(), check.FloatType("dy", dy), check.batch(), m, n};
   args.col_factor = check.Take<float>("col_factor", col_factor, ffi::F32, {1, n});
   args.row_factor = check.Take<float>("row_factor", row_factor, ffi::F32, {m, 1});
-  args.amax = check.Take<float>("amax", *amax, ffi::F32, {m + n});
+  args.row_amax = check.Take<float>("row_amax", *row_amax, ffi::F32, {m, 1});
+  args.col_amax = check.Take<float>("col_amax", *col_amax, ffi::F32, {1, n});
   return check.Finish(args);
 }
 
 inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(Buffer dy, Buffer col_factor,
-                                                                 Buffer row_factor, Buffer amax,
-                                                                 Output codes, Output row_scale,
-                                                                 Output codes_t, Output col_scale,
-                                                                 int32_t format) {
+                                                                 Buffer row_factor, Buffer row_amax,
+                                                                 Buffer col_amax, Output codes,
+                                                                 Output row_scale, Output codes_t,
+                                                                 Output col_scale, int32_t format) {
   Checker check("dy", dy, 2);
   const int64_t m = check.dim(0), n = check.dim(1);
   QuantizeGradient args{};
@@ -190,7 +195,8 @@ inline ffi::ErrorOr<QuantizeGradient> QuantizeGradientCall::Read(Buffer dy, Buff
   args.row_scale = check.Take<float>("row_scale", *row_scale, ffi::F32, {m, 1});
   args.codes_t = check.Take<uint8_t>("codes_t", *codes_t, type, {n, m});
   args.col_scale = check.Take<float>("col_scale", *col_scale, ffi::F32, {1, n});
-  args.amax = check.Take<float>("amax", amax, ffi::F32, {m + n});
+  args.row_amax = check.Take<float>("row_amax", row_amax, ffi::F32, {m, 1});
+  args.col_amax = check.Take<float>("col_amax", col_amax, ffi::F32, {1, n});
   return check.Finish(args);
 }
 

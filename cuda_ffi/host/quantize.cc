@@ -314,9 +314,8 @@ void RunGradientAmax(const GradientAmax& args, ffi::ThreadPool pool) {
   const int64_t rows = args.in.rows, cols = args.in.cols;
   for (int64_t i = 0; i < args.in.batch; ++i) {
     const auto [by_row, by_column] = GradientSources(args, Format::kE2M1, i);
-    float* const amax = args.amax + i * (rows + cols);
-    FindAmax(by_row, true, nullptr, amax, pool);
-    FindAmax(by_column, false, nullptr, amax + rows, pool);
+    FindAmax(by_row, true, nullptr, args.row_amax + i * rows, pool);
+    FindAmax(by_column, false, nullptr, args.col_amax + i * cols, pool);
   }
 }
 
@@ -324,12 +323,11 @@ void RunGradient(const QuantizeGradient& args, ffi::ThreadPool pool) {
   const int64_t rows = args.in.rows, cols = args.in.cols;
   for (int64_t i = 0; i < args.in.batch; ++i) {
     const auto [by_row, by_column] = GradientSources(args, args.format, i);
-    const float* const amax = args.amax + i * (rows + cols);
     uint8_t* codes = args.codes + i * rows * cols;
     uint8_t* codes_t = args.codes_t + i * rows * cols;
-    Quantize(by_row, true, amax, args.row_scale + i * rows, {codes, nullptr, nullptr, nullptr},
-             pool);
-    Quantize(by_column, false, amax + rows, args.col_scale + i * cols,
+    Quantize(by_row, true, args.row_amax + i * rows, args.row_scale + i * rows,
+             {codes, nullptr, nullptr, nullptr}, pool);
+    Quantize(by_column, false, args.col_amax + i * cols, args.col_scale + i * cols,
              {nullptr, codes_t, nullptr, nullptr}, pool);
   }
 }

@@ -530,32 +530,33 @@ void CheckGradient(Group* group, const Setting& s, const Shape& shape, int kind,
   const Buffer row_factor_buffer(BytesOf(row_factor)), col_factor_buffer(BytesOf(col_factor));
   const Buffer codes_buffer(codes.size(), aligned), codes_t_buffer(codes_t.size(), aligned);
   const Buffer row_scale_buffer(row_scale.size() * 4), col_scale_buffer(col_scale.size() * 4);
-  const Buffer own_amax((row_scale.size() + col_scale.size()) * 4);
+  const Buffer own_row_amax(row_scale.size() * 4), own_col_amax(col_scale.size() * 4);
   const QuantizeInput in = {x_buffer.As<void>(), s.type, batch, rows, cols};
   Check(LaunchGradientAmax({in, col_factor_buffer.As<float>(), row_factor_buffer.As<float>(),
-                            own_amax.As<float>()},
+                            own_row_amax.As<float>(), own_col_amax.As<float>()},
                            nullptr),
         "launch");
   Check(cudaDeviceSynchronize(), "kernel");
-  bool intact;
-  Bytes raised = own_amax.Read(&intact);
-  group->Expect(own_amax, raised, Text(s) + " " + Text(shape) + " amax", 4);  // its walls
-  for (int64_t i = 0; i < batch * (rows + cols); ++i) {
-    const int64_t b = i / (rows + cols), j = i % (rows + cols);
-    const Floats& floors = j < rows ? row_floors : col_floors;
-    if (floors.empty()) continue;
-    const float floor = j < rows ? floors[b * rows + j] : floors[b * cols + j - rows];
-    uint32_t found, least;  // a NaN is the largest
-    std::memcpy(&found, raised.data() + 4 * i, 4);
-    std::memcpy(&least, &floor, 4);
-    found = std::max(found, least);
-    std::memcpy(raised.data() + 4 * i, &found, 4);
-  }
-  const Buffer amax(raised);
+  const auto raised = [&](const Buffer& own, const Floats& floors, const char* of) {
+    bool intact;
+    Bytes amax = own.Read(&intact);
+    group->Expect(own, amax, Text(s) + " " + Text(shape) + of, 4);  // its walls
+    for (size_t i = 0; i < floors.size(); ++i) {
+      uint32_t found, least;  // a NaN is the largest
+      std::memcpy(&found, amax.data() + 4 * i, 4);
+      std::memcpy(&least, &floors[i], 4);
+      found = std::max(found, least);
+      std::memcpy(amax.data() + 4 * i, &found, 4);
+    }
+    return amax;
+  };
+  const Buffer row_amax(raised(own_row_amax, row_floors, " row_amax"));
+  const Buffer col_amax(raised(own_col_amax, col_floors, " col_amax"));
   Check(LaunchQuantizeGradient(
             {in, s.format, col_factor_buffer.As<float>(), row_factor_buffer.As<float>(),
-             amax.As<float>(), codes_buffer.As<uint8_t>(), row_scale_buffer.As<float>(),
-             codes_t_buffer.As<uint8_t>(), col_scale_buffer.As<float>()},
+             row_amax.As<float>(), col_amax.As<float>(), codes_buffer.As<uint8_t>(),
+             row_scale_buffer.As<float>(), codes_t_buffer.As<uint8_t>(),
+             col_scale_buffer.As<float>()},
             nullptr),
         "launch");
   Check(cudaDeviceSynchronize(), "kernel");
@@ -873,17 +874,17 @@ void RunBench() {
   for (const int64_t n : {5120, 13824}) {
     const int64_t m = 16384;
     const Buffer factors(BytesOf(Floats(m + n, 0.01f)));
-    bench.Run(
-        "gradient e5m2", DType::kBF16, m, n, m * n * 2, [&](const QuantizeInput& in, uint8_t* out) {
-          float* floats = tail(out, 2 * m * n);
-          const cudaError_t error =
-              LaunchGradientAmax({in, factors.As<float>(), factors.As<float>(), floats}, nullptr);
-          if (error != cudaSuccess) return error;
-          return LaunchQuantizeGradient(
-              {in, Format::kE5M2, factors.As<float>(), factors.As<float>(), floats, out,
-               floats + m + n, out + m * n, floats + 2 * m + n},
-              nullptr);
-        });
+    bench.Run("gradient e5m2", DType::kBF16, m, n, m * n * 2,
+              [&](const QuantizeInput& in, uint8_t* out) {
+                float* floats = tail(out, 2 * m * n);
+                const cudaError_t error = LaunchGradientAmax(
+                    {in, factors.As<float>(), factors.As<float>(), floats, floats + m}, nullptr);
+                if (error != cudaSuccess) return error;
+                return LaunchQuantizeGradient(
+                    {in, Format::kE5M2, factors.As<float>(), factors.As<float>(), floats,
+                     floats + m, out, floats + m + n, out + m * n, floats + 2 * m + n},
+                    nullptr);
+              });
   }
   for (const DType type : {DType::kBF16, DType::kF32}) {
     for (const int64_t k : {5120, 13824}) {

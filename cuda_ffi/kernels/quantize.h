@@ -57,25 +57,27 @@ struct QuantizeColumns {
 };
 cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stream);
 
-// The largest magnitudes of a gradient dy for both of its products: of the rows of dy * col_factor,
-// then of the columns of dy * row_factor, `amax` being [batch, rows + cols]. Its bits compare as
-// integers: a NaN is above all. row_factor is [batch, rows], col_factor [batch, cols].
+// The largest magnitudes of a gradient dy for both of its products: of the rows of dy * col_factor
+// and of the columns of dy * row_factor. Their bits compare as integers: a NaN is above all. What
+// is of rows is [batch, rows], and of columns [batch, cols].
 struct GradientAmax {
   QuantizeInput in;
   const float* col_factor;
   const float* row_factor;
-  float* amax;
+  float* row_amax;
+  float* col_amax;
 };
 cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream);
 
 // The gradient's codes, of a scale a row, and transposed of one a column, which these magnitudes
-// give: of a part of a gradient, the whole's. row_scale is [batch, rows], col_scale [batch, cols].
+// give: of a part of a gradient, the whole's.
 struct QuantizeGradient {
   QuantizeInput in;
   Format format;
   const float* col_factor;
   const float* row_factor;
-  const float* amax;
+  const float* row_amax;
+  const float* col_amax;
   uint8_t* codes;
   float* row_scale;
   uint8_t* codes_t;

@@ -1,7 +1,7 @@
 // A gradient for both of its products: a scale a row and one a column, each of its own product. No
 // element has a code before all of its row and of its column are known, so the gradient is read
 // twice: for the largest magnitudes, then, backwards, for the codes of both layouts.
-#include <type_traits>
+#include <algorithm>
 
 #include "cuda_ffi/kernels/quantize.cuh"
 #include "cuda_ffi/kernels/quantize_any.h"
@@ -14,11 +14,22 @@ constexpr int kInFlight = 4;  // loads of a thread
 // The end of the gradient that is to stay in L2 between the passes.
 constexpr int kKeptBytes = 24 << 20;
 
-// The largest magnitudes of a matrix's rows, which those of its columns follow, as integers.
-template <typename Float>
-__device__ __forceinline__ auto AmaxOf(const QuantizeInput& in, Float* amax, int64_t batch) {
-  using Bits = std::conditional_t<std::is_const_v<Float>, const uint32_t, uint32_t>;
-  return reinterpret_cast<Bits*>(amax) + batch * (in.rows + in.cols);
+// As many zeros as there are magnitudes, in one launch.
+constexpr int kZeroThreads = 256;
+
+__global__ void __launch_bounds__(kZeroThreads)
+    ZeroKernel(float* row_amax, int64_t rows, float* col_amax, int64_t cols) {
+  const int64_t i = int64_t{blockIdx.x} * kZeroThreads + threadIdx.x;
+  if (i < rows) row_amax[i] = 0;
+  if (i < cols) col_amax[i] = 0;
+}
+
+// The magnitudes as the integers that their bits are.
+__device__ __forceinline__ uint32_t* BitsOf(float* amax) {
+  return reinterpret_cast<uint32_t*>(amax);
+}
+__device__ __forceinline__ const uint32_t* BitsOf(const float* amax) {
+  return reinterpret_cast<const uint32_t*>(amax);
 }
 
 template <int kElements>
@@ -33,7 +44,8 @@ __device__ __forceinline__ void LoadFactors(const float* from, float (&factors)[
   }
 }
 
-// First pass. Lanes have the vectors of a row, warps the rows of a chunk in turn. Raises args.amax.
+// First pass. Lanes have the vectors of a row, warps the rows of a chunk in turn. Raises
+// magnitudes.
 constexpr int kAmaxRows = 128;
 template <DType kType>
 constexpr int kAmaxCols = kWarp * kPerVector<kType>;
@@ -49,7 +61,8 @@ __global__ void __launch_bounds__(kTileThreads)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t col = at.first_col + lane * kElements;
   const bool inside = col < args.in.cols;
-  uint32_t* const amax = AmaxOf(args.in, args.amax, at.batch);
+  uint32_t* const row_amax = BitsOf(args.row_amax) + at.batch * args.in.rows;
+  uint32_t* const col_amax = BitsOf(args.col_amax) + at.batch * args.in.cols;
   const bool keep = gridDim.x - blockIdx.x <= kKeptBytes / (kAmaxRows * kWarp * kVectorBytes);
 
   float col_factor[kElements] = {}, largest[kElements] = {};
@@ -77,7 +90,7 @@ __global__ void __launch_bounds__(kTileThreads)
         largest[j] = MaxOrNaN(largest[j], fabsf(__fmul_rn(v[j], row_factor)));
       }
       const uint32_t all = WarpMax(__float_as_uint(of_row));
-      if (lane == 0) atomicMax(amax + r, all);
+      if (lane == 0) atomicMax(row_amax + r, all);
     }
   }
 #pragma unroll
@@ -89,7 +102,7 @@ __global__ void __launch_bounds__(kTileThreads)
     uint32_t all = 0;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) all = max(all, magnitudes[i][threadIdx.x]);
-    atomicMax(amax + args.in.rows + at.first_col + threadIdx.x, all);
+    atomicMax(col_amax + at.first_col + threadIdx.x, all);
   }
 }
 
@@ -98,7 +111,8 @@ __global__ void __launch_bounds__(kTileThreads)
     AnyGradientAmaxKernel(const __grid_constant__ GradientAmax args) {
   const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxRows, kWarp);
   const int lane = threadIdx.x % kWarp;
-  uint32_t* const amax = AmaxOf(args.in, args.amax, at.batch);
+  uint32_t* const row_amax = BitsOf(args.row_amax) + at.batch * args.in.rows;
+  uint32_t* const col_amax = BitsOf(args.col_amax) + at.batch * args.in.cols;
   const int64_t col = at.first_col + lane;
   float largest = 0;
   for (int i = threadIdx.x / kWarp; i < at.rows; i += kTileThreads / kWarp) {
@@ -110,9 +124,9 @@ __global__ void __launch_bounds__(kTileThreads)
       largest = MaxOrNaN(largest, fabsf(__fmul_rn(v, args.row_factor[slice])));
     }
     const uint32_t all = WarpMax(__float_as_uint(of_row));
-    if (lane == 0) atomicMax(amax + row, all);
+    if (lane == 0) atomicMax(row_amax + row, all);
   }
-  if (lane < at.cols) atomicMax(amax + args.in.rows + col, __float_as_uint(largest));
+  if (lane < at.cols) atomicMax(col_amax + col, __float_as_uint(largest));
 }
 
 // Second pass: the codes, those of the columns by way of a tile.
@@ -131,7 +145,6 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   const Place at(gridDim.x - 1 - blockIdx.x, args.in.rows, args.in.cols, kTile, kTile);
   const int col = threadIdx.x % kLanes * kElements, lane_row = threadIdx.x / kLanes;
   const bool inside = col < at.cols;
-  const uint32_t* const amax = AmaxOf(args.in, args.amax, at.batch);
 
   const int64_t origin =
       (at.batch * args.in.rows + at.first_row) * args.in.cols + at.first_col + col;
@@ -148,7 +161,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   load(lane_row);
   if (threadIdx.x < at.rows) {
     const int64_t row = at.first_row + threadIdx.x, slice = at.batch * args.in.rows + row;
-    const float scale = ScaleOf(amax[row], kFormat);
+    const float scale = ScaleOf(BitsOf(args.row_amax)[slice], kFormat);
     row_inverses[threadIdx.x] = __frcp_rn(scale);
     row_factors[threadIdx.x] = args.row_factor[slice];
     if (at.first_col == 0) args.row_scale[slice] = scale;
@@ -160,7 +173,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     float inverses[kElements];
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      const float scale = ScaleOf(amax[args.in.rows + at.first_col + col + i], kFormat);
+      const float scale = ScaleOf(BitsOf(args.col_amax)[slice + i], kFormat);
       inverses[i] = __frcp_rn(scale);
       if (at.first_row == 0 && lane_row == 0) args.col_scale[slice + i] = scale;
     }
@@ -216,12 +229,12 @@ cudaError_t LaunchAnyGradient(const QuantizeGradient& args, cudaStream_t stream)
     Any rows = {in, {}, args.format};
     rows.col_factor = args.col_factor + i * in.cols;
     rows.row_scale = args.row_scale + i * in.rows;
-    rows.known_amax = args.amax + i * (in.rows + in.cols);
+    rows.known_amax = args.row_amax + i * in.rows;
     rows.codes = args.codes + element;
     Any columns = {in, {}, args.format};
     columns.row_factor = args.row_factor + i * in.rows;
     columns.col_scale = args.col_scale + i * in.cols;
-    columns.known_amax = rows.known_amax + in.rows;
+    columns.known_amax = args.col_amax + i * in.cols;
     columns.codes_t = args.codes_t + element;
     for (const Any& both : {rows, columns}) {
       const cudaError_t error = LaunchAny(both, stream);
@@ -240,8 +253,11 @@ bool TakesVectors(const QuantizeInput& in, const float* col_factor, const uint8_
 
 cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
-  const cudaError_t error = StartAmax(args.amax, nullptr, in.batch * (in.rows + in.cols), stream);
-  if (error != cudaSuccess || in.batch * in.rows * in.cols == 0) return error;
+  const int64_t rows = in.batch * in.rows, cols = in.batch * in.cols;
+  if (rows + cols == 0) return cudaSuccess;
+  const cudaError_t error = Launch(ZeroKernel, CeilDiv(std::max(rows, cols), kZeroThreads),
+                                   kZeroThreads, stream, args.row_amax, rows, args.col_amax, cols);
+  if (error != cudaSuccess || rows * in.cols == 0) return error;
   const auto blocks = [&](int cols) {
     return in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, cols);
   };

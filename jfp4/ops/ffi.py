@@ -36,7 +36,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
 """What has kernels."""
 
-INTERFACE = 8
+INTERFACE = 9
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -327,20 +327,23 @@ def gradient_amax(
     dy: Float[Array, "*b m n"],
     col_factor: Float32[Array, "*b 1 n"],
     row_factor: Float32[Array, "*b m 1"],
-) -> Float32[Array, "*b m+n"]:
+) -> tuple[Float32[Array, "*b m 1"], Float32[Array, "*b 1 n"]]:
     """Largest magnitudes of the rows of ``dy * col_factor`` and the columns of ``dy * row_factor``.
 
     NaN where there is one. See ``quantize_gradient``.
     """
     *batch, m, n = dy.shape
-    return _call("jfp4_gradient_amax", _float32(*batch, m + n))(dy, col_factor, row_factor)
+    results = _float32(*batch, m, 1), _float32(*batch, 1, n)
+    of_rows, of_columns = _call("jfp4_gradient_amax", results)(dy, col_factor, row_factor)
+    return of_rows, of_columns
 
 
 def quantize_gradient(
     dy: Float[Array, "*b m n"],
     col_factor: Float32[Array, "*b 1 n"],
     row_factor: Float32[Array, "*b m 1"],
-    amax: Float32[Array, "*b m+n"],
+    row_amax: Float32[Array, "*b m 1"],
+    col_amax: Float32[Array, "*b 1 n"],
     *,
     format: str,
 ) -> tuple[Array, Float32[Array, "*b m 1"], Array, Float32[Array, "*b 1 n"]]:
@@ -350,7 +353,8 @@ def quantize_gradient(
         dy: bfloat16, float16 or float32; no axis is empty.
         col_factor: multiplies dy for the product that contracts over n.
         row_factor: multiplies dy for the product that contracts over m.
-        amax: by ``gradient_amax``; of a part of a gradient, the whole's.
+        row_amax: by ``gradient_amax``; of a part of a gradient, the whole's.
+        col_amax: likewise.
         format: the codes' format.
 
     Returns:
@@ -366,7 +370,7 @@ def quantize_gradient(
         _float32(*batch, 1, n),
     )
     codes, row_scale, codes_t, col_scale = _call("jfp4_quantize_gradient", results)(
-        dy, col_factor, row_factor, amax, format=_index(format)
+        dy, col_factor, row_factor, row_amax, col_amax, format=_index(format)
     )
     return codes, row_scale, codes_t, col_scale
 

@@ -90,8 +90,8 @@ def _gathered_sample(
     row, column = _positions(stride, count, k * part.count("k"))
     row, column = row - part.index("m") * m, column - part.index("k") * k
     own = (row >= 0) & (row < m) & (column >= 0) & (column < k)
-    found = rows[jnp.clip(row, 0, m - 1), jnp.clip(column, 0, k - 1)].astype(jnp.float32)
-    return part.sum(jnp.where(own, found, 0), "m", "k").astype(rows.dtype)
+    found = rows[jnp.clip(row, 0, m - 1), jnp.clip(column, 0, k - 1)]
+    return part.sum(jnp.where(own, found, 0), "m", "k")
 
 
 def _positions(

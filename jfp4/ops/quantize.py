@@ -122,14 +122,12 @@ def quantize_gradient(
         m, n = dy.shape
         dy = kernel_input(dy)
         factors = jnp.broadcast_to(col_factor, (1, n)), jnp.broadcast_to(row_factor, (m, 1))
-        amax = ffi.gradient_amax(dy, *factors)
-        across_rows, across_columns = part.divides("n"), part.divides("m")
-        if across_rows or across_columns:
-            # Of a row or a column that is divided, a device has seen its own part alone.
-            own = zip(jnp.split(amax, [m]), (across_rows, across_columns), strict=True)
-            amax = jnp.concatenate([_largest(x, across) for x, across in own])
+        of_rows, of_columns = ffi.gradient_amax(dy, *factors)
+        # Of a row or a column that is divided, a device has seen its own part alone.
+        of_rows = _largest(of_rows, part.divides("n"))
+        of_columns = _largest(of_columns, part.divides("m"))
         codes, row_scale, codes_t, col_scale = ffi.quantize_gradient(
-            dy, *factors, amax, format=format
+            dy, *factors, of_rows, of_columns, format=format
         )
         return codes, row_scale, codes_t.T, col_scale
 

@@ -179,14 +179,15 @@ def test_gradients_are_the_oracles(format, shape):
     rows = np.abs(gaussian(5, m, 1)) + np.float32(0.01)
     operands = jnp.asarray(dy), jnp.asarray(columns), jnp.asarray(rows)
     amax = ffi.gradient_amax(*operands)
-    codes, row_scale, codes_t, col_scale = ffi.quantize_gradient(*operands, amax, format=format)
+    codes, row_scale, codes_t, col_scale = ffi.quantize_gradient(*operands, *amax, format=format)
     with np.errstate(all="ignore"):
         of_rows, of_columns = dy.astype(np.float32) * columns, dy.astype(np.float32) * rows
         by_row = ref.quantize(of_rows, 1, format)
         by_column = ref.quantize(of_columns, 0, format)
-    largest = np.concatenate([np.max(np.abs(of_rows), axis=1), np.max(np.abs(of_columns), axis=0)])
-    # XLA has its threads flush subnormals, which are under every scale's least magnitude.
-    np.testing.assert_allclose(amax, largest, rtol=0, atol=2.0**-126)
+    for got, of, axis in zip(amax, (of_rows, of_columns), (1, 0), strict=True):
+        # XLA has its threads flush subnormals, which are under every scale's least magnitude.
+        largest = np.max(np.abs(of), axis=axis, keepdims=True)
+        np.testing.assert_allclose(got, largest, rtol=0, atol=2.0**-126)
     np.testing.assert_array_equal(row_scale, by_row[1])
     np.testing.assert_array_equal(col_scale, by_column[1])
     same_bits(codes, by_row[0])
@@ -626,7 +627,7 @@ COLUMNS = Call(
 GRADIENT_AMAX = Call(
     "jfp4_gradient_amax",
     {"dy": (BF16, (3, 8)), "col_factor": (F32, (1, 8)), "row_factor": (F32, (3, 1))},
-    {"amax": (F32, (11,))},
+    {"row_amax": (F32, (3, 1)), "col_amax": (F32, (1, 8))},
     {},
 )
 GRADIENT = Call(
@@ -635,7 +636,8 @@ GRADIENT = Call(
         "dy": (BF16, (3, 8)),
         "col_factor": (F32, (1, 8)),
         "row_factor": (F32, (3, 1)),
-        "amax": (F32, (11,)),
+        "row_amax": (F32, (3, 1)),
+        "col_amax": (F32, (1, 8)),
     },
     {
         "codes": (E5M2, (3, 8)),
@@ -710,12 +712,14 @@ MISTAKES = [
     (GRADIENT_AMAX, {"dy": (U8, (3, 8))}, "dy is u8[3, 8]; expected bf16, f16 or f32"),
     (GRADIENT_AMAX, {"col_factor": (F32, (1, 1))}, "col_factor is f32[1, 1]; expected f32[1, 8]"),
     (GRADIENT_AMAX, {"row_factor": (F32, (3,))}, "row_factor is f32[3]; expected f32[3, 1]"),
-    (GRADIENT_AMAX, {"amax": (F32, (8,))}, "amax is f32[8]; expected f32[11], beside dy bf16[3, 8"),
+    (GRADIENT_AMAX, {"row_amax": (F32, (8,))}, "row_amax is f32[8]; expected f32[3, 1], beside dy"),
+    (GRADIENT_AMAX, {"col_amax": (F32, (8,))}, "col_amax is f32[8]; expected f32[1, 8], beside dy"),
     (GRADIENT, {"codes": (E5M2, (3, 0))}, "codes is f8e5m2[3, 0]; expected f8e5m2[3, 8]"),
     (GRADIENT, {"row_scale": (BF16, (3, 1))}, "row_scale is bf16[3, 1]; expected f32[3, 1]"),
     (GRADIENT, {"codes_t": (E5M2, (3, 8))}, "codes_t is f8e5m2[3, 8]; expected f8e5m2[8, 3]"),
     (GRADIENT, {"col_scale": (F32, (8,))}, "col_scale is f32[8]; expected f32[1, 8]"),
-    (GRADIENT, {"amax": (F32, (3,))}, "amax is f32[3]; expected f32[11], beside dy bf16[3, 8]"),
+    (GRADIENT, {"row_amax": (F32, (3,))}, "row_amax is f32[3]; expected f32[3, 1], beside dy bf16"),
+    (GRADIENT, {"col_amax": (F32, (3,))}, "col_amax is f32[3]; expected f32[1, 8], beside dy bf16"),
     (GRADIENT, {"format": np.int32(-1)}, "format is -1; expected 0 to 4"),
     (THRESHOLDS, {"x": (U8, (2, 20))}, "x is u8[2, 20]; expected bf16, f16 or f32"),
     (THRESHOLDS, {"x": (BF16, ())}, "x is bf16[]; expected at least 1 dimensions"),

@@ -79,8 +79,8 @@ def test_layers_give_what_one_device_does(found, case):
         # The largest magnitude of each of a device's rows; of each column.
         ("quantize, tensor", [["all-reduce", 4 * 512 // 4, 2]]),
         ("gradient", [["all-reduce", 4 * 128, 4]]),
-        ("thresholds", [["all-reduce", 4 * 1000, 8]]),
-        ("thresholds, NaN", [["all-reduce", 4 * 512 * 64, 8]]),
+        ("thresholds", [["all-reduce", 2 * 1000, 8]]),
+        ("thresholds, NaN", [["all-reduce", 2 * 512 * 64, 8]]),
     ],
 )
 def test_an_operation_sends_what_it_must(found, case, sent):
