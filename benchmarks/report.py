@@ -137,10 +137,14 @@ def train_steps(results: dict[str, Any] | None) -> str:
     """A section on the train step's speed and its parts; nothing where it was not measured."""
     if results is None:
         return ""
-    source, layers = results["provenance"], results["steps"][0]["layers"]
+    source = results["provenance"]
+    layers = " or ".join(
+        f"{step['layers']} layers ({step['model'].removeprefix('llama').upper()})"
+        for step in results["steps"]
+    )
     return f"""## A train step by recipe
 
-Of models with the full width and {layers} layers, written out, nothing recomputed,
+Of models with the full width and {layers}, written out, nothing recomputed,
 {results["steps"][0]["tokens"]:,} tokens in sequences of {train_step.LENGTH:,}; weights and
 moments in float32; the recipes by turns, medians. TFLOP/s are of the model's arithmetic, whatever
 it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit

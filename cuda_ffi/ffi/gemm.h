@@ -23,7 +23,7 @@ struct GemmCall {
         .template Arg<Buffer>()  // slope_w: [..., m, n], or absent
         .template Arg<Buffer>()  // slope_scale: f32 [..., 1, n or 1]
         .template Ret<Buffer>()  // y: [..., m, n]
-        .template Ret<Buffer>()  // counter: u32 [..., 1], scratch
+        .template Ret<Buffer>()  // counter: u32 [..., 4], scratch
         .template Attr<bool>("promote")
         .template Attr<float>("slope_k")
         .template Attr<float>("slope_cap");
@@ -75,7 +75,8 @@ inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buf
   args.out_type = check.FloatType("y", *y);
   args.y = check.Take<void>("y", *y, y->element_type(), {args.m, args.n});
   args.promote = promote;
-  args.counter = check.Take<uint32_t>("counter", *counter, ffi::U32, {1});
+  args.counter = reinterpret_cast<TileCounter*>(
+      check.Take<uint32_t>("counter", *counter, ffi::U32, {kCounterWords}));
   return check.Finish(args);
 }
 

@@ -81,30 +81,34 @@ bool Check(const Case& c) {
   for (float& x : w) x = std::normal_distribution<float>(0, 4)(random);
   const int width = c.out == DType::kF32 ? 4 : 2;
   std::vector<uint8_t> y(bm * c.n * width);
-  Gemm g{c.batch,
-         c.m,
-         c.n,
-         c.k,
-         ToDevice(a_codes),
-         c.a_e5m2,
-         ToDevice(b_codes),
-         c.b_e5m2,
-         ToDevice(a_scale),
-         c.row_scales ? c.m : 1,
-         ToDevice(b_scale),
-         c.row_scales ? c.n : 1,
-         ToDevice(u),
-         ToDevice(v),
-         c.rank,
-         c.bias ? ToDevice(bias) : nullptr,
-         {c.slope ? ToDevice(w) : nullptr, DType::kF32, ToDevice(slope_scale), c.n, kSlopeK,
-          kSlopeCap},
-         ToDevice(y),
-         c.out,
-         c.promote,
-         ToDevice(std::vector<uint32_t>{0xA5A5A5A5})};
-  Require(cudaMemset(g.y, 0xA5, y.size()), "poison");
-  Require(LaunchGemm(g, nullptr), "LaunchGemm");
+  Gemm g{
+      c.batch,
+      c.m,
+      c.n,
+      c.k,
+      ToDevice(a_codes),
+      c.a_e5m2,
+      ToDevice(b_codes),
+      c.b_e5m2,
+      ToDevice(a_scale),
+      c.row_scales ? c.m : 1,
+      ToDevice(b_scale),
+      c.row_scales ? c.n : 1,
+      ToDevice(u),
+      ToDevice(v),
+      c.rank,
+      c.bias ? ToDevice(bias) : nullptr,
+      {c.slope ? ToDevice(w) : nullptr, DType::kF32, ToDevice(slope_scale), c.n, kSlopeK,
+       kSlopeCap},
+      ToDevice(y),
+      c.out,
+      c.promote,
+      reinterpret_cast<TileCounter*>(ToDevice(std::vector<uint32_t>(kCounterWords, 0xA5A5A5A5)))};
+  // A second time with the counter as the first has left it.
+  for (int launch = 0; launch < 2; ++launch) {
+    Require(cudaMemset(g.y, 0xA5, y.size()), "poison");
+    Require(LaunchGemm(g, nullptr), "LaunchGemm");
+  }
   Require(cudaDeviceSynchronize(), "GemmKernel");
   Require(cudaMemcpy(y.data(), g.y, y.size(), cudaMemcpyDefault), "copy");
 

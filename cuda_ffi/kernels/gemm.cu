@@ -265,10 +265,11 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         }
         if (index >= schedule.total) {
           ++ends;
-        } else if (p.counter == nullptr) {
-          index += clusters;
+        } else if (schedule.total == clusters) {
+          index = schedule.total;
         } else {
-          index = clusters + static_cast<int>(atomicAdd(p.counter, 1));
+          // The tiles after the first ones, and past the end one for each cluster.
+          index = clusters + static_cast<int>(TakeNumber(p.counter, schedule.total - 1));
         }
       }
     }
@@ -301,17 +302,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 
 int OutBytes(DType type) { return type == DType::kF32 ? 4 : 2; }
 
-// Up to so many tiles a cluster, none gets far enough ahead of the others for it to pay to zero the
-// counter. But a product that takes long may find multiprocessors taken, by a collective beside it:
-// clusters that have to wait for one begin when others end, and so would tiles dealt out to them.
-constexpr int kFewTurns = 6;
-constexpr double kLong = 0x1p36;  // m n k
-
-bool Deals(const Gemm& g, int tiles, int clusters) {
-  const double products = static_cast<double>(g.batch) * g.m * g.n * g.k;
-  return tiles <= clusters || (tiles <= kFewTurns * clusters && products < kLong);
-}
-
 // Whether y's rows are multiples of 16 bytes, as the copy engine wants them.
 bool HasBulkRows(const Gemm& g) {
   return g.n * OutBytes(g.out_type) % 16 == 0 && reinterpret_cast<uintptr_t>(g.y) % 16 == 0;
@@ -337,7 +327,7 @@ cudaError_t Launch(const Gemm& g, int full_cols, int clusters, cudaStream_t stre
                  g.n % 2 == 0 && reinterpret_cast<uintptr_t>(g.slope.w) % sizeof(float2) == 0,
                  g.y,
                  g.out_type,
-                 Deals(g, tiles, clusters) ? nullptr : g.counter,
+                 g.counter,
                  HasBulkRows(g)};
   CUtensorMap a_map, b_map, narrow_map, y_map{};
   cudaError_t status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m,
@@ -355,10 +345,6 @@ cudaError_t Launch(const Gemm& g, int full_cols, int clusters, cudaStream_t stre
     const int bytes = OutBytes(g.out_type);
     status = MakeTensorMap(&y_map, type, bytes, g.y, g.batch, g.m, g.n, kWgmmaM, 128 / bytes,
                            CU_TENSOR_MAP_SWIZZLE_128B);
-    if (status != cudaSuccess) return status;
-  }
-  if (p.counter != nullptr) {
-    status = cudaMemsetAsync(p.counter, 0, sizeof(*p.counter), stream);
     if (status != cudaSuccess) return status;
   }
   auto kernel = GemmKernel<kBlockN, kAE5M2, kBE5M2, kPromote, kSlope>;

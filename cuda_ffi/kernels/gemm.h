@@ -11,6 +11,9 @@
 
 namespace jfp4 {
 
+struct TileCounter;
+constexpr int kCounterWords = 4;  // of 32 bits
+
 // y = ((a b^T) * a_scale * b_scale + u v + bias) * slope, rounded once to out_type. a is [batch, m,
 // k], b is [batch, n, k], y [batch, m, n], all contiguous; a and b are 16-byte aligned and k is a
 // positive multiple of 16. Not both of a and b are E5M2. Scales hold one number a row ([batch, m],
@@ -18,7 +21,8 @@ namespace jfp4 {
 // *_scale_size is 1. u is [batch, m, rank], v [batch, rank, n], bias [batch, n]; rank 0 and a null
 // bias leave those out, as a null w does the slope. Accumulation is the tensor cores' own, exact
 // for E2M1 codes while partial sums stay below 4096; with `promote` every 128 products along k are
-// added up in FP32 registers instead. `counter` is a word of scratch memory.
+// added up in FP32 registers instead. `counter` is scratch memory, of whatever content,
+// 8-byte aligned.
 struct Gemm {
   int64_t batch, m, n, k;
   const uint8_t* a;
@@ -37,7 +41,7 @@ struct Gemm {
   void* y;
   DType out_type;
   bool promote;
-  uint32_t* counter;
+  TileCounter* counter;
 };
 
 cudaError_t LaunchGemm(const Gemm& args, cudaStream_t stream);

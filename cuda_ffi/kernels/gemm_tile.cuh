@@ -5,6 +5,7 @@
 
 #include "cuda_ffi/kernels/hopper.cuh"
 #include "cuda_ffi/kernels/slope.h"
+#include "cuda_ffi/kernels/tile_counter.cuh"
 #include "cuda_ffi/kernels/types.h"
 
 namespace jfp4 {
@@ -38,7 +39,7 @@ struct Params {
   bool slope_aligned;  // whether pairs in its rows are, to their size
   void* y;
   DType out_type;
-  uint32_t* counter;  // or null, to deal tiles out evenly
+  TileCounter* counter;
   bool bulk_store;
 };
 

@@ -400,6 +400,9 @@ def thresholds(
 ROW_BYTES = 16
 """Rows of codes are padded to a multiple of what GPUs copy at a time."""
 
+COUNTER_WORDS = 4
+"""Scratch of a product: what it hands its tiles out from."""
+
 
 def gemm(
     a: Float[Array, "*b m k"],
@@ -448,7 +451,7 @@ def gemm(
     w, w_scale, k, cap = slope
     results = (
         jax.ShapeDtypeStruct((*batch, m, n), out_dtype),
-        jax.ShapeDtypeStruct((*batch, 1), jnp.uint32),  # scratch
+        jax.ShapeDtypeStruct((*batch, COUNTER_WORDS), jnp.uint32),  # scratch
     )
     y, _ = _call("jfp4_gemm", results)(
         *(a, a_scale, b, b_scale, u, v, bias, w, w_scale),

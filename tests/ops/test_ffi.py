@@ -666,7 +666,7 @@ GEMM = Call(
         "slope_w": (F16, (2, 3, 5)),
         "slope_scale": (F32, (2, 1, 5)),
     },
-    {"y": (BF16, (2, 3, 5)), "counter": ("uint32", (2, 1))},
+    {"y": (BF16, (2, 3, 5)), "counter": ("uint32", (2, 4))},
     {"promote": False, "slope_k": np.float32(5), "slope_cap": np.float32(3)},
 )
 PACKED_GEMM = Call(
@@ -758,8 +758,8 @@ MISTAKES = [
     (GEMM, {"y": (E4M3, (2, 3, 5))}, "y is f8e4m3fn[2, 3, 5]; expected bf16, f16 or f32"),
     (
         GEMM,
-        {"counter": (F32, (2, 1))},
-        "counter is f32[2, 1]; expected u32[2, 1], beside a f8e4m3fn",
+        {"counter": (F32, (2, 4))},
+        "counter is f32[2, 4]; expected u32[2, 4], beside a f8e4m3fn",
     ),
     (PACKED_GEMM, {"a": (E4M3, (3, 16))}, "a is f8e4m3fn[3, 16]; expected u8[3, 16]"),
     (PACKED_GEMM, {"a_scale": (F32, (2, 1))}, "a_scale is f32[2, 1]; expected f32[3, 1]"),

@@ -1,0 +1,57 @@
+// A counter in scratch memory that nobody has cleared: who comes first starts it, and who takes the
+// last number clears it for the next kernel. To have it zeroed ahead is a kernel of its own in
+// front of every product, which beside a collective takes longer than it takes to count.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda_ffi/kernels/gemm.h"
+
+namespace jfp4 {
+
+// `state` is one of these two once the counter is begun. Anything else is what memory held before:
+// that it is one of them by chance is as likely as any number of 64 bits.
+struct TileCounter {
+  static constexpr unsigned long long kStarting = 0x9E3779B97F4A7C15;
+  static constexpr unsigned long long kStarted = 0xC2B2AE3D27D4EB4F;
+
+  unsigned long long state;
+  uint32_t next;
+  uint32_t unused;
+};
+static_assert(sizeof(TileCounter) == kCounterWords * sizeof(uint32_t));
+
+// Takes the next number, from 0 to `last`, which is at least 1 and which somebody has to take.
+__device__ __forceinline__ uint32_t TakeNumber(TileCounter* counter, uint32_t last) {
+  const auto load = [&] {
+    unsigned long long state;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
+                 : "=l"(state)
+                 : "l"(&counter->state)
+                 : "memory");
+    return state;
+  };
+  const auto store = [&](unsigned long long state) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(&counter->state), "l"(state)
+                 : "memory");
+  };
+  unsigned long long state = load();
+  while (state != TileCounter::kStarted) {
+    if (state == TileCounter::kStarting) {
+      state = load();
+      continue;
+    }
+    const unsigned long long found = atomicCAS(&counter->state, state, TileCounter::kStarting);
+    if (found == state) {
+      counter->next = 1;
+      store(TileCounter::kStarted);
+      return 0;
+    }
+    state = found;
+  }
+  const uint32_t number = atomicAdd(&counter->next, 1);
+  if (number == last) store(0);
+  return number;
+}
+
+}  // namespace jfp4
