@@ -1,5 +1,6 @@
 """What docs/scaling.md says of train steps measured on several GPUs, from mesh-*.json."""
 
+import re
 from typing import Any
 
 from benchmarks import mesh
@@ -46,8 +47,9 @@ def _part(result: dict[str, Any]) -> str:
 
 
 def _nccl(source: dict[str, Any]) -> str:
-    asked = source.get("nccl", {}).items()
-    return "".join(f"; `{name}={value}`" for name, value in asked)
+    # NCCL_VERSION and the names of packages are what a container says of itself.
+    asked = {k: v for k, v in source.get("nccl", {}).items() if re.match(r"NCCL_(?!VERSION$)", k)}
+    return "".join(f"; `{name}={value}`" for name, value in asked.items())
 
 
 def sentences(result: dict[str, Any]) -> str:

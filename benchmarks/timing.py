@@ -392,7 +392,9 @@ def gpu_provenance() -> dict[str, Any]:
     source["driver"] = next(_nvidia_smi("driver_version"), None)
     source["power_limit"] = next(_nvidia_smi("power.limit"), None)
     source["xla_flags"] = os.environ.get("XLA_FLAGS", "")
-    source["nccl"] = {name: os.environ[name] for name in sorted(os.environ) if "NCCL_" in name}
+    source["nccl"] = {
+        name: os.environ[name] for name in sorted(os.environ) if name.startswith("NCCL_")
+    }
     return source
 
 
