@@ -32,8 +32,10 @@ sys.exit(status)
 
 # Launches a program in the place of train.main.
 LAUNCHED = """
-import subprocess, sys
+import signal, subprocess, sys
 from train import launch
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # which tests in the background, or under nohup, ignore
 program, *flags = sys.argv[1:]
 class Popen(subprocess.Popen):
     def __init__(self, command, **options):
@@ -122,9 +124,12 @@ def test_a_signal_to_all_in_the_terminal_reaches_the_run_once(tmp_path, number):
     with subprocess.Popen(
         command, cwd=root, stdout=subprocess.PIPE, text=True, process_group=0
     ) as launcher:
-        assert launcher.stdout.readline() == "listening\n"
-        os.killpg(launcher.pid, number)  # as a terminal does at Ctrl-C, or when it is closed
-        assert launcher.communicate(timeout=30)[0] == "SIGTERM\n"
+        try:
+            assert launcher.stdout.readline() == "listening\n"
+            os.killpg(launcher.pid, number)  # as a terminal does at Ctrl-C, or when it is closed
+            assert launcher.communicate(timeout=30)[0] == "SIGTERM\n"
+        finally:
+            launcher.kill()  # or what did not end would be waited for
     assert launcher.returncode == 0
 
 
