@@ -70,7 +70,7 @@ RUNS = (
     # three steps of ten million.
     Run("llama1b", "bf16", (*LARGE, "--recipe=bf16"), 10_000_000, 3e-4),
     Run("llama1b", "fp4", (*LARGE, "--recipe=fp4"), 10_000_000, 3e-4),
-    # As many as a GPU has in three minutes.
+    # A fourth of those, for a step takes five times as long.
     Run("llama7b", "bf16", (*LARGEST, "--recipe=bf16"), 2_500_000, 3e-4),
     Run("llama7b", "fp4", (*LARGEST, "--recipe=fp4"), 2_500_000, 3e-4),
     # The best that llama60m was found to have (docs/results.md).

@@ -24,18 +24,23 @@ def section(results: list[dict[str, Any]], noise: float) -> str:
             "less the first's", "clipped", "skipped", "tokens/s", "peak GiB"]  # fmt: skip
     commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
     speeds = [run["tokens_per_s"] for runs in groups.values() for run in runs]
+    narrow = (
+        ", but llama7b's in BF16, rounded stochastically, and in E4M3 and FP16"
+        if "llama7b" in groups
+        else ""
+    )
     shared = "Runs without a speed shared their GPU with others. " if None in speeds else ""
     jax = ", ".join(dict.fromkeys(run["versions"]["jax"] for r in results for run in r["runs"]))
     return f"""## First tokens of larger models
 
 Runs of one model have the same initial weights and the same batches in the same order, **one seed
 alone**: how far another seed would move them was not measured at these sizes; llama60m's BF16 runs
-above have a standard deviation of {noise:.4f}. The learning rate was not searched: llama1b and
-llama7b have the paper's, 3e-4, with batches far smaller than the paper's four million tokens, and
-llama130m what was best for llama60m in BF16. Weights and moments are in float32, but for llama7b's,
-which are in BF16, rounded stochastically, and in E4M3 and FP16. Training loss is the mean over the
-last twentieth of the steps; validation is on the whole split **with the recipe's own forward**,
-FP4's in FP4. So few tokens tell how runs begin, not how they end: the paper's have 100 billion.
+above have a standard deviation of {noise:.4f}. The learning rate was not searched: llama130m has
+what was best for llama60m in BF16, and larger models the paper's, 3e-4, with batches far smaller
+than the paper's four million tokens. Weights and moments are in float32{narrow}. Training loss is
+the mean over the last twentieth of the steps; validation is on the whole split **with the recipe's
+own forward**, FP4's in FP4. So few tokens tell how runs begin, not how they end: the paper's have
+100 billion.
 {shared}jax {jax}; commit {commits}.
 
 {markdown(head, rows)}

@@ -40,6 +40,8 @@ def _part(result: dict[str, Any]) -> str:
         mesh.table(result),
         sentences(result),
     ]
+    if "nccl" not in source:  # nor were these told apart, then
+        parts.append("Here XLA's own kernels for small all-reduces count as computation.")
     missing = [*result["left_out"], *result["errors"]]
     if missing:
         parts.append(f"Not measured: {'; '.join(missing)}.")

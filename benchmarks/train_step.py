@@ -1,9 +1,9 @@
 """A train step at the width of the 7B and 13B models: BF16, FP8 and FP4 by turns.
 
 ``python -m benchmarks.train_step`` writes results/train_step-DEVICE.json. The steps are the
-trainer's own, of models with the full width and some of their layers, written out: as many as fit
-three times without recomputing anything, for the fewer they are the more the head counts, which is
-never quantised. Where the time goes is read from the profiler's trace.
+trainer's own, of models with the full width and some of their layers, written out, so that three
+states fit and nothing is recomputed; the fewer the layers, the more counts the head, which is never
+quantised. Where the time goes is read from the profiler's trace.
 """
 
 import dataclasses

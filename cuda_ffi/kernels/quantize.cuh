@@ -296,11 +296,4 @@ inline int64_t TileBlocks(const QuantizeInput& in) {
   return in.batch * CeilDiv(in.rows, kTile) * CeilDiv(in.cols, kTile);
 }
 
-// What kernels raise to the largest magnitudes.
-inline cudaError_t StartAmax(float* amax, const float* floor, int64_t size, cudaStream_t stream) {
-  const size_t bytes = size * sizeof(float);
-  return floor == nullptr ? cudaMemsetAsync(amax, 0, bytes, stream)
-                          : cudaMemcpyAsync(amax, floor, bytes, cudaMemcpyDeviceToDevice, stream);
-}
-
 }  // namespace jfp4

@@ -137,6 +137,13 @@ __global__ void __launch_bounds__(kAnyThreads) AnyTileKernel(const __grid_consta
   }
 }
 
+// What AnyColumnAmaxKernel raises to the largest magnitudes.
+cudaError_t StartAmax(float* amax, const float* floor, int64_t size, cudaStream_t stream) {
+  const size_t bytes = size * sizeof(float);
+  return floor == nullptr ? cudaMemsetAsync(amax, 0, bytes, stream)
+                          : cudaMemcpyAsync(amax, floor, bytes, cudaMemcpyDeviceToDevice, stream);
+}
+
 }  // namespace
 
 cudaError_t LaunchAny(const Any& args, cudaStream_t stream) {

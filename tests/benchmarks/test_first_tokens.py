@@ -96,6 +96,13 @@ def test_shared_gpus_tell_no_speed():
     assert words in text and words not in report_first_tokens.section(results(FP4, BF16), 0.01)
 
 
+def test_weights_are_said_to_be_narrow_where_they_are():
+    words = "but llama7b's in BF16"
+    of_7b = results(FP4 | {"group": "llama7b"}, BF16 | {"group": "llama7b"})
+    assert words in report_first_tokens.section(of_7b, 0.01)
+    assert words not in report_first_tokens.section(results(FP4, BF16), 0.01)
+
+
 @pytest.mark.parametrize(("seen", "device"), [(None, "1"), ("", "1"), ("4,6", "6")])
 def test_a_run_has_one_of_the_visible_gpus(monkeypatch, seen, device):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
