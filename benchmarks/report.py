@@ -137,7 +137,7 @@ def train_steps(results: dict[str, Any] | None) -> str:
     """A section on the train step's speed and its parts; nothing where it was not measured."""
     if results is None:
         return ""
-    source = results["provenance"]
+    source, state = results["provenance"], results["optimizer"]
     layers = " or ".join(
         f"{step['layers']} layers ({step['model'].removeprefix('llama').upper()})"
         for step in results["steps"]
@@ -145,8 +145,9 @@ def train_steps(results: dict[str, Any] | None) -> str:
     return f"""## A train step by recipe
 
 Of models with the full width and {layers}, written out, nothing recomputed,
-{results["steps"][0]["tokens"]:,} tokens in sequences of {train_step.LENGTH:,}; weights and
-moments in float32; the recipes by turns, medians. TFLOP/s are of the model's arithmetic, whatever
+{results["steps"][0]["tokens"]:,} tokens in sequences of {train_step.LENGTH:,}; weights in
+{state["master"]}, moments in {state["first_moment"]} and {state["second_moment"]}; the recipes by
+turns, medians. TFLOP/s are of the model's arithmetic, whatever
 it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit
 {source["commit"]}.
 

@@ -3,7 +3,8 @@
 ``python -m benchmarks.train_step`` writes results/train_step-DEVICE.json. The steps are the
 trainer's own, of models with the full width and some of their layers, written out, so that three
 states fit and nothing is recomputed; the fewer the layers, the more counts the head, which is never
-quantised. Where the time goes is read from the profiler's trace.
+quantised. Weights and moments are kept in what the README keeps them in for models that large.
+Where the time goes is read from the profiler's trace.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks.timing import Event, Log, Side, main, markdown, measure
 from jfp4.models.config import MODELS, LlamaConfig
 from jfp4.recipe import RECIPES as PRESETS
-from train.config import TrainConfig
+from train.config import OptimizerConfig, TrainConfig
 from train.placement import Placement
 from train.plan import compiler_options, lowered_step
 from train.step import Trainer
@@ -27,6 +28,7 @@ from train.step import Trainer
 SEQUENCES, LENGTH = 8, 2048
 LAYERS = {"llama13b": 6, "llama7b": 8}
 RECIPES = ("bf16", "fp8", "fp4")
+OPTIMIZER = OptimizerConfig(master="bfloat16", first_moment="e4m3", second_moment="float16")
 
 PARTS: dict[str, str] = {
     "optimizer": r"op:.*\boptimizer\b|kernel:.*AdamW",
@@ -46,7 +48,7 @@ def run(log: Log, quick: bool) -> dict[str, Any]:
         line = log.attempt(model, functools.partial(step_times, log, model))
         if line is not None:
             steps.append(line)
-    return {"steps": steps}
+    return {"optimizer": dataclasses.asdict(OPTIMIZER), "steps": steps}
 
 
 def step_times(log: Log, model: str) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def step_times(log: Log, model: str) -> dict[str, Any]:
     configs = {
         recipe: TrainConfig(
             model=model, recipe=recipe, batch_size=SEQUENCES, seq_len=LENGTH, steps=1000, lr=1e-4,
-            llama=llama, quantization=PRESETS[recipe],
+            llama=llama, quantization=PRESETS[recipe], optimizer=OPTIMIZER,
         )
         for recipe in RECIPES
     }  # fmt: skip

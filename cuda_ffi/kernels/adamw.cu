@@ -30,19 +30,22 @@ struct Words {
 };
 
 // What is fetched is decoded later: all of a thread's fetches are to be under way together, and a
-// branch by type that also decoded would wait for each.
+// branch by type that also decoded would wait for each. They are volatile, or the compiler has them
+// wait for whether the step is skipped.
 __device__ __forceinline__ Words Fetch(const void* from, int element_bytes, int64_t offset) {
   const auto* at = static_cast<const char*>(from) + offset * element_bytes;
   Words words;
   if (element_bytes == 1) {
-    const uint2 v = *reinterpret_cast<const uint2*>(at);
-    words.word[0] = v.x, words.word[1] = v.y;
+    asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words.word[0]), "=r"(words.word[1])
+                 : "l"(at));
     return words;
   }
   const auto quarter = [&](int i) {
-    const uint4 v = *reinterpret_cast<const uint4*>(at + 4 * i);
-    words.word[i] = v.x, words.word[i + 1] = v.y;
-    words.word[i + 2] = v.z, words.word[i + 3] = v.w;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.word[i]), "=r"(words.word[i + 1]), "=r"(words.word[i + 2]),
+                   "=r"(words.word[i + 3])
+                 : "l"(at + 4 * i));
   };
   quarter(0);
   if (element_bytes == 4) quarter(4);
@@ -177,10 +180,40 @@ struct Place {
 // A float16 parameter is kept times 2^10.
 __device__ __forceinline__ float Factor(DType type) { return type == DType::kF16 ? 0x1p10f : 1.0f; }
 
+__device__ __forceinline__ adamw::Grid GridOf(DType type) {
+  const adamw::Grid grid = type == DType::kBF16 ? adamw::kBF16Grid : adamw::kF16Grid;
+  return grid;
+}
+
 __device__ __forceinline__ float RoundParam(float v, DType type, uint32_t row, uint32_t column) {
   if (type == DType::kF32) return v;
-  const adamw::Grid grid = type == DType::kBF16 ? adamw::kBF16Grid : adamw::kF16Grid;
-  return adamw::RoundStochastically(__fmul_rn(v, Factor(type)), grid, adamw::Mix(row ^ column));
+  return adamw::RoundStochastically(__fmul_rn(v, Factor(type)), GridOf(type),
+                                    adamw::Mix(row ^ column));
+}
+
+// Eight neighbours of a row. Each of them may be tiny, or no number, but hardly ever is one, so that
+// the choice is made once for all.
+__device__ __forceinline__ void RoundParams(float (&v)[kEach], DType type, uint32_t row,
+                                            uint32_t column) {
+  if (type == DType::kF32) return;
+  const adamw::Grid grid = GridOf(type);
+  bool usual = true;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    v[i] = __fmul_rn(v[i], Factor(type));
+    usual &= adamw::IsNormal(v[i], grid);
+  }
+  if (usual) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      v[i] = adamw::RoundNormal(v[i], grid, adamw::Mix(row ^ (column + i)));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      v[i] = adamw::RoundStochastically(v[i], grid, adamw::Mix(row ^ (column + i)));
+    }
+  }
 }
 
 __device__ __forceinline__ float RoundMoment(float v, Moment type, bool stochastic, uint32_t row,
@@ -197,10 +230,34 @@ __device__ __forceinline__ uint32_t LargestOf(uint32_t value, uint32_t mask) {
   return value;
 }
 
+// What arrays are made of, where the compiler is to know it: for narrow ones, decoding, rounding and
+// storing by types that are known only at run time are a third of the instructions.
+template <DType kParam, Moment kFirst, Moment kSecond, bool kStochastic>
+struct Known {
+  static bool Fits(const AdamW& args) {
+    return args.param_type == kParam && args.grad_type == kParam && args.first_type == kFirst &&
+           args.second_type == kSecond && args.stochastic == kStochastic && args.root;
+  }
+  static __device__ __forceinline__ void Tell(AdamW& args) {
+    args.param_type = args.grad_type = kParam;
+    args.first_type = kFirst;
+    args.second_type = kSecond;
+    args.stochastic = kStochastic;
+    args.root = true;
+  }
+};
+
+struct Unknown {
+  static bool Fits(const AdamW&) { return true; }
+  static __device__ __forceinline__ void Tell(AdamW&) {}
+};
+
 // --- kernels ---
 
 // Rows of whole blocks: half a warp has one, in registers.
+template <typename Types>
 __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t blocks) {
+  Types::Tell(args);
   const uint32_t block = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
   if (block >= blocks) return;
   const uint32_t lane = threadIdx.x % kLanes, half = 0xFFFFu << (threadIdx.x & kLanes);
@@ -238,12 +295,7 @@ __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t bl
     amax1 = max(amax1, MagnitudeBits(next.first));
     amax2 = max(amax2, MagnitudeBits(next.second));
   }
-  if (args.param_type != DType::kF32) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      param[i] = RoundParam(param[i], args.param_type, place.row.param, column + i);
-    }
-  }
+  RoundParams(param, args.param_type, place.row.param, column);
   Store(param, args.param_type, args.param, offset);
 
   const auto write = [&](float (&moment)[kEach], Moment type, uint32_t amax, uint32_t row,
@@ -314,6 +366,20 @@ __global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, uint32_t rows
   if (lane == 0 && scaled2) args.second_exponents[row] = static_cast<uint8_t>(exponent2);
 }
 
+using Kernel = void (*)(AdamW, uint32_t);
+
+// The kernel of the first types that fit.
+template <typename Types, typename... Rest>
+Kernel BlocksKernelFor(const AdamW& args) {
+  if constexpr (sizeof...(Rest) > 0) {
+    if (!Types::Fits(args)) return BlocksKernelFor<Rest...>(args);
+  }
+  return BlocksKernel<Types>;
+}
+
+template <DType kParam, bool kStochastic>
+using Narrow = Known<kParam, Moment::kE4M3, Moment::kF16, kStochastic>;
+
 }  // namespace
 
 cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream) {
@@ -332,8 +398,11 @@ cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream) {
   config.gridDim = static_cast<unsigned>(grid);
   config.blockDim = kThreads;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, whole ? BlocksKernel : RowsKernel, args,
-                            static_cast<uint32_t>(blocks));
+  const Kernel kernel =
+      !whole ? RowsKernel
+             : BlocksKernelFor<Narrow<DType::kBF16, false>, Narrow<DType::kBF16, true>,
+                               Narrow<DType::kF16, false>, Narrow<DType::kF16, true>, Unknown>(args);
+  return cudaLaunchKernelEx(&config, kernel, args, static_cast<uint32_t>(blocks));
 }
 
 }  // namespace jfp4

@@ -148,18 +148,29 @@ struct Grid {
 
 constexpr Grid kBF16Grid = {7, 0x1p-100f}, kF16Grid = {10, 0x1p-14f}, kE4M3Grid = {3, 0x1p-6f};
 
+constexpr uint32_t kSign = 0x80000000;
+
+// Whether x is finite, and its step one of its own binade.
+JFP4_HOST_DEVICE bool IsNormal(float x, Grid grid) {
+  const uint32_t least = Bits(grid.least);
+  return (Bits(x) & ~kSign) - least < kInfinity - least;
+}
+
+// Of a normal x: what the grid has no bits for is carried into its last one, if it exceeds as many
+// bits.
+JFP4_HOST_DEVICE float RoundNormal(float x, Grid grid, uint32_t bits) {
+  const int rest = kMantissaBits - grid.mantissa_bits;
+  const uint32_t mask = (1u << rest) - 1;
+  // The sign is above all that is carried.
+  return Value((Bits(x) + (mask - (bits >> (32 - rest)))) & ~mask);
+}
+
 // x on the grid, up by as many chances in 2^24 as it is above the lower neighbour; the upper 24
 // bits count.
 JFP4_HOST_DEVICE float RoundStochastically(float x, Grid grid, uint32_t bits) {
-  const uint32_t magnitude = Bits(x) & ~0x80000000u;
+  if (IsNormal(x, grid)) return RoundNormal(x, grid, bits);
+  const uint32_t magnitude = Bits(x) & ~kSign;
   if (magnitude >= kInfinity) return x;
-  if (magnitude >= Bits(grid.least)) {
-    // What the grid has no bits for is carried into its last one, if it exceeds as many bits.
-    const int rest = kMantissaBits - grid.mantissa_bits;
-    const uint32_t mask = (1u << rest) - 1;
-    const uint32_t rounded = (magnitude + (mask - (bits >> (32 - rest)))) & ~mask;
-    return Value(rounded | (Bits(x) & 0x80000000u));
-  }
   const uint32_t step =
       Bits(grid.least) - (static_cast<uint32_t>(grid.mantissa_bits) << kMantissaBits);
   const uint32_t inverse = (254u << kMantissaBits) - step;
