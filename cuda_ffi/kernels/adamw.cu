@@ -30,22 +30,19 @@ struct Words {
 };
 
 // What is fetched is decoded later: all of a thread's fetches are to be under way together, and a
-// branch by type that also decoded would wait for each. They are volatile, or the compiler has them
-// wait for whether the step is skipped.
+// branch by type that also decoded would wait for each.
 __device__ __forceinline__ Words Fetch(const void* from, int element_bytes, int64_t offset) {
   const auto* at = static_cast<const char*>(from) + offset * element_bytes;
   Words words;
   if (element_bytes == 1) {
-    asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(words.word[0]), "=r"(words.word[1])
-                 : "l"(at));
+    const uint2 v = *reinterpret_cast<const uint2*>(at);
+    words.word[0] = v.x, words.word[1] = v.y;
     return words;
   }
   const auto quarter = [&](int i) {
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.word[i]), "=r"(words.word[i + 1]), "=r"(words.word[i + 2]),
-                   "=r"(words.word[i + 3])
-                 : "l"(at + 4 * i));
+    const uint4 v = *reinterpret_cast<const uint4*>(at + 4 * i);
+    words.word[i] = v.x, words.word[i + 1] = v.y;
+    words.word[i + 2] = v.z, words.word[i + 3] = v.w;
   };
   quarter(0);
   if (element_bytes == 4) quarter(4);
