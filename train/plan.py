@@ -101,20 +101,18 @@ def compiler_options(config: TrainConfig, placement: Placement) -> dict[str, str
     """What a configuration asks of XLA on a mesh.
 
     Of GPUs: an order in which what is sent goes on beside what is computed. XLA's own is the one
-    of least memory, and has each collective waited for as soon as it begins; with one at a time,
-    each is waited for before the next begins, whether anything needs it yet or not. Where nothing
-    is gathered, each begins as soon as there is what it sends, and so a weight's gradient is summed
-    beside the rest of the backward; with fsdp, all weights would be gathered at a step's start.
+    of least memory, and has each collective waited for as soon as it begins. XLA has them begin as
+    late as it dares, which is the later the more may be under way. Where nothing is gathered, two
+    leave the first half of a backward in peace, and the second time enough to send all; begun as
+    soon as they can be, they are beside products all the time, which suffer most from them.
     """
     options: dict[str, str | bool] = {}
     if config.deterministic:
         options["xla_gpu_exclude_nondeterministic_ops"] = True
     if placement.mesh.size > 1 and placement.mesh.devices.flat[0].platform == "gpu":
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
-        gathers = placement.mesh.shape["fsdp"] > 1
-        options["xla_gpu_experimental_collective_start_as_early_as_possible"] = not gathers
         options["xla_gpu_experimental_parallel_collective_overlap_limit"] = (
-            "4" if gathers else "128"
+            "4" if placement.mesh.shape["fsdp"] > 1 else "2"
         )
     return options
 

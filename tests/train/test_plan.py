@@ -184,8 +184,7 @@ def test_what_is_sent_goes_on_beside_what_is_computed_on_meshes_of_gpus(
     placement = SimpleNamespace(mesh=mesh)
     overlap = {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_experimental_collective_start_as_early_as_possible": fsdp == 1,
-        "xla_gpu_experimental_parallel_collective_overlap_limit": "128" if fsdp == 1 else "4",
+        "xla_gpu_experimental_parallel_collective_overlap_limit": "2" if fsdp == 1 else "4",
     }
     expected = overlap if overlapped else {}
     assert compiler_options(TrainConfig(), placement) == expected
