@@ -40,8 +40,6 @@ def _part(result: dict[str, Any]) -> str:
         mesh.table(result),
         sentences(result),
     ]
-    if "nccl" not in source:  # nor were these told apart, then
-        parts.append("Here XLA's own kernels for small all-reduces count as computation.")
     missing = [*result["left_out"], *result["errors"]]
     if missing:
         parts.append(f"Not measured: {'; '.join(missing)}.")
@@ -50,7 +48,7 @@ def _part(result: dict[str, Any]) -> str:
 
 def _nccl(source: dict[str, Any]) -> str:
     # NCCL_VERSION and the names of packages are what a container says of itself.
-    asked = {k: v for k, v in source.get("nccl", {}).items() if re.match(r"NCCL_(?!VERSION$)", k)}
+    asked = {k: v for k, v in source["nccl"].items() if re.match(r"NCCL_(?!VERSION$)", k)}
     return "".join(f"; `{name}={value}`" for name, value in asked.items())
 
 

@@ -188,8 +188,8 @@ __device__ __forceinline__ float RoundParam(float v, DType type, uint32_t row, u
                                     adamw::Mix(row ^ column));
 }
 
-// Eight neighbours of a row. Each of them may be tiny, or no number, but hardly ever is one, so that
-// the choice is made once for all.
+// Eight neighbours of a row. Each of them may be tiny, or no number, but hardly ever is one, so
+// that the choice is made once for all.
 __device__ __forceinline__ void RoundParams(float (&v)[kEach], DType type, uint32_t row,
                                             uint32_t column) {
   if (type == DType::kF32) return;
@@ -227,8 +227,8 @@ __device__ __forceinline__ uint32_t LargestOf(uint32_t value, uint32_t mask) {
   return value;
 }
 
-// What arrays are made of, where the compiler is to know it: for narrow ones, decoding, rounding and
-// storing by types that are known only at run time are a third of the instructions.
+// What arrays are made of, where the compiler is to know it: for narrow ones, decoding, rounding
+// and storing by types that are known only at run time are a third of the instructions.
 template <DType kParam, Moment kFirst, Moment kSecond, bool kStochastic>
 struct Known {
   static bool Fits(const AdamW& args) {
@@ -395,10 +395,11 @@ cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream) {
   config.gridDim = static_cast<unsigned>(grid);
   config.blockDim = kThreads;
   config.stream = stream;
-  const Kernel kernel =
-      !whole ? RowsKernel
-             : BlocksKernelFor<Narrow<DType::kBF16, false>, Narrow<DType::kBF16, true>,
-                               Narrow<DType::kF16, false>, Narrow<DType::kF16, true>, Unknown>(args);
+  Kernel kernel = RowsKernel;
+  if (whole) {
+    kernel = BlocksKernelFor<Narrow<DType::kBF16, false>, Narrow<DType::kBF16, true>,
+                             Narrow<DType::kF16, false>, Narrow<DType::kF16, true>, Unknown>(args);
+  }
   return cudaLaunchKernelEx(&config, kernel, args, static_cast<uint32_t>(blocks));
 }
 

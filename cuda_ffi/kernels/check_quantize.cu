@@ -597,8 +597,14 @@ void CheckFlushEdge() {
   }
 }
 
-void CheckThresholds(DType type, std::mt19937& rng) {
-  Group group(std::string("thresholds ") + Name(type));
+// Large samples have a group of their own: a checker of races takes minutes for each.
+std::string ThresholdsText(DType type, bool large) {
+  return std::string("thresholds ") + Name(type) + (large ? " large" : "");
+}
+
+void CheckThresholds(DType type, bool large, std::mt19937& rng) {
+  constexpr int64_t kLarge = 10000;
+  Group group(ThresholdsText(type, large));
   struct {
     int64_t batch, size, stride, count;
     int kind;  // normal, constant, zeros of both signs, one NaN, heavy tails
@@ -607,6 +613,7 @@ void CheckThresholds(DType type, std::mt19937& rng) {
                      {1, 300000, 7, 42857, 4}, {2, 9000, 1, 9000, 1},   {2, 262145, 3, 65536, 3},
                      {1, 200000, 1, 200000, 0}};
   for (const auto& c : cases) {
+    if ((c.size > kLarge) != large) continue;
     Floats values(c.batch * c.size);
     std::normal_distribution<float> normal;
     for (float& v : values) {
@@ -664,7 +671,9 @@ int RunChecks(const std::string& pattern) {
   };
   std::mt19937 rng(1);
   for (const DType type : kTypes) {
-    if (chosen(std::string("thresholds ") + Name(type))) CheckThresholds(type, rng);
+    for (const bool large : {false, true}) {
+      if (chosen(ThresholdsText(type, large))) CheckThresholds(type, large, rng);
+    }
   }
   if (chosen("flush at the edge")) CheckFlushEdge();
   for (const DType type : kTypes) {

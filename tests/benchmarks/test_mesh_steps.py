@@ -26,7 +26,7 @@ def case(mesh="data=2", tokens_per_s=180.0, **changes):
 
 
 def result(*cases):
-    source = {"device": "NVIDIA X", "versions": {"jax": "1"}, "commit": "abc"}
+    source = {"device": "NVIDIA X", "versions": {"jax": "1"}, "commit": "abc", "nccl": {}}
     return {"provenance": source, "devices": 2, "cases": cases, "left_out": [], "errors": []}
 
 
