@@ -17,14 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.large_run import SETTLED
 from benchmarks.loss_study import Job, finished, summarize, train
 from benchmarks.provenance import RESULTS, commit
 from train.compare import read_metrics
 from train.config import parse_flags, report_error
 from train.errors import UserError
-
-SETTLED = 5
-"""Steps after which a step takes what every step takes."""
 
 EVALUATIONS = 5
 """Times that the whole validation split is evaluated in a run, evenly."""

@@ -115,8 +115,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if jax.device_count() < 2 or (jax.default_backend() == "cpu" and not arguments.quick):
         print(
-            f"error: this measures several GPUs, and JAX sees {jax.device_count()} "
-            f"{jax.default_backend()} device",
+            f"error: JAX sees {jax.device_count()} {jax.default_backend()} device; expected two "
+            "GPUs or more, or --quick on any two devices",
             file=sys.stderr,
         )
         return 2

@@ -13,6 +13,8 @@ import jax
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
+MEASURED = ("jfp4", "train", "cuda_ffi", "CMakeLists.txt", "benchmarks/*.py")
+"""What a measurement depends on."""
 
 
 def provenance() -> dict[str, Any]:
@@ -35,7 +37,13 @@ def commit() -> str:
     if "JFP4_COMMIT" in os.environ:
         return os.environ["JFP4_COMMIT"]
     head = _git("rev-parse", "--short=12", "HEAD")
-    return head + ("+changes" if _git("status", "--porcelain", "--", "jfp4", "train") else "")
+    return head + ("+changes" if _git("status", "--porcelain", "--", *MEASURED) else "")
+
+
+def flags_of(source: dict[str, Any]) -> str:
+    """What XLA was asked for in a measurement, to be added to where it comes from; or nothing."""
+    flags = source.get("xla_flags", "")
+    return f"; `XLA_FLAGS={flags}`" if flags else ""
 
 
 def _git(*args: str) -> str:

@@ -1,8 +1,8 @@
-"""Writes docs/results.md, docs/kernels.md's numbers, pictures and the README's tables.
+"""Writes docs/results.md, the tables of docs/kernels.md, docs/scaling.md and README, and pictures.
 
-``python -m benchmarks.report`` measures nothing; every number it prints was written by a
-benchmark to benchmarks/results/. ``--check`` writes nothing and fails if what is there is out of
-date.
+``python -m benchmarks.report`` measures nothing; every measurement it prints was written by a
+benchmark to benchmarks/results/. ``--check`` writes nothing and fails if a text that is there is
+out of date.
 """
 
 import json
@@ -22,7 +22,7 @@ from benchmarks import (
     report_runs,
     train_step,
 )
-from benchmarks.provenance import RESULTS, ROOT
+from benchmarks.provenance import RESULTS, ROOT, flags_of
 
 README = ROOT / "README.md"
 DOC, PICTURE = ROOT / "docs/results.md", ROOT / "docs/loss.png"
@@ -149,7 +149,7 @@ Of models with the full width and {layers}, written out, nothing recomputed,
 {state["master"]}, moments in {state["first_moment"]} and {state["second_moment"]}; the recipes by
 turns, medians. TFLOP/s are of the model's arithmetic, whatever
 it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit
-{source["commit"]}.
+{source["commit"]}{flags_of(source)}.
 
 {train_step.table(results)}
 

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.provenance import RESULTS
+from benchmarks.provenance import RESULTS, flags_of
 from benchmarks.timing import markdown
 
 Results = dict[str, list[dict[str, Any]]]
@@ -86,7 +86,8 @@ def source(results: dict[str, Any]) -> str:
     origin = results["provenance"]
     names = ("jax", "torch", "nvidia-cublas")
     versions = ", ".join(f"{n} {origin['versions'][n]}" for n in names if n in origin["versions"])
-    return f"{origin['device']}; {versions}; commit {origin['commit']}, {origin['date']}."
+    where = f"{origin['device']}; {versions}; commit {origin['commit']}, {origin['date']}"
+    return f"{where}{flags_of(origin)}."
 
 
 # ----------------------------------------------------------------------------------- products

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from benchmarks import mesh
+from benchmarks.provenance import flags_of
 
 CASE = ("model", "recipe", "mesh", "grad_comm", "overlap")
 
@@ -36,7 +37,7 @@ def _part(result: dict[str, Any]) -> str:
     source = result["provenance"]
     parts = [
         f"{result['devices']} x {source['device']} of one host; jax {source['versions']['jax']}; "
-        f"commit {source['commit']}{_nccl(source)}:",
+        f"commit {source['commit']}{_nccl(source)}{flags_of(source)}:",
         mesh.table(result),
         sentences(result),
     ]

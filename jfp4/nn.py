@@ -191,11 +191,10 @@ def convert(
 
 
 def _refuse_ignored(layer: nnx.Linear) -> None:
-    given = [name for name, default in _IGNORED.items() if getattr(layer, name) is not default]
-    if given:
-        raise ValueError(
-            f"{', '.join(given)} was given; expected the default: the recipe sets the product"
-        )
+    given = {name: getattr(layer, name) for name in _IGNORED}
+    wrong = [f"{name}={value}" for name, value in given.items() if value is not _IGNORED[name]]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}; expected the default: the recipe sets the product")
 
 
 _IGNORED = {

@@ -26,20 +26,30 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r}; expected one of {listed}")
 
 
-def check_dge(k: float, cap: float) -> None:
-    """Raises ValueError unless ``k`` is at least 1 and ``cap`` positive."""
+def check_dge(k: float, cap: float, prefix: str = "") -> None:
+    """Raises ValueError unless ``k`` is at least 1 and ``cap`` positive.
+
+    What they are called in its message begins with ``prefix``.
+    """
     if not k >= 1:
-        raise ValueError(f"k={k} is out of range; expected k >= 1")
+        raise ValueError(f"{prefix}k={k} is out of range; expected {prefix}k >= 1")
     if not cap > 0:
-        raise ValueError(f"cap={cap} is out of range; expected cap > 0")
+        raise ValueError(f"{prefix}cap={cap} is out of range; expected {prefix}cap > 0")
 
 
-def check_occ(alpha: float, sample: int | None) -> None:
-    """Raises ValueError unless ``alpha`` is in (0.5, 1] and ``sample`` is None or positive."""
+def check_occ(alpha: float, sample: int | None, prefix: str = "") -> None:
+    """Raises ValueError unless ``alpha`` is in (0.5, 1] and ``sample`` is None or positive.
+
+    What they are called in its message begins with ``prefix``.
+    """
     if not 0.5 < alpha <= 1:
-        raise ValueError(f"alpha={alpha} is out of range; expected 0.5 < alpha <= 1")
+        raise ValueError(
+            f"{prefix}alpha={alpha} is out of range; expected 0.5 < {prefix}alpha <= 1"
+        )
     if sample is not None and sample < 1:
-        raise ValueError(f"sample={sample} is out of range; expected a positive count or None")
+        raise ValueError(
+            f"{prefix}sample={sample} is out of range; expected a positive count or None"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +114,14 @@ class Recipe:
         assert self.x_format is not None and self.w_format is not None
         x, w = get_format(self.x_format), get_format(self.w_format)
         if self.dge_k is not None:
-            check_dge(self.dge_k, self.dge_cap)
+            check_dge(self.dge_k, self.dge_cap, "dge_")
             if w.bits != 4:
                 raise ValueError(
                     f"dge_k={self.dge_k} with w_format={w.name!r}; the estimator is for 4-bit "
                     "weights: set dge_k to None"
                 )
         if self.occ_alpha is not None:
-            check_occ(self.occ_alpha, self.occ_sample)
+            check_occ(self.occ_alpha, self.occ_sample, "occ_")
             if x.bits != 4:
                 raise ValueError(
                     f"occ_alpha={self.occ_alpha} with x_format={x.name!r}; clamping is for 4-bit "
@@ -119,8 +129,8 @@ class Recipe:
                 )
             if self.x_shift == "midrange":
                 raise ValueError(
-                    "x_shift='midrange' with occ_alpha set; the clamp already bounds the range: "
-                    "set one of them to None"
+                    f"x_shift='midrange' with occ_alpha={self.occ_alpha}; the clamp already bounds "
+                    "the range: set one of them to None"
                 )
 
     @property

@@ -103,23 +103,6 @@ def batches(
     return iter(dataset[start_step:].to_iter_dataset(ahead))
 
 
-def batch_at(
-    tokens: Tokens | npt.NDArray[np.integer],
-    *,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    step: int,
-) -> npt.NDArray[np.int32]:
-    """Returns the batch that `batches` yields at `step`, int32 [batch_size, seq_len + 1].
-
-    Raises:
-        ValueError: There is less than one batch.
-    """
-    batch: npt.NDArray[np.int32] = _shuffled(tokens, seq_len, batch_size, seed)[step]
-    return batch
-
-
 def eval_batches(
     tokens: Tokens | npt.NDArray[np.integer],
     *,

@@ -249,7 +249,7 @@ class TrainConfig:
             self.grad_comm == "float32" or self.quantization.quantizes,
             "grad_comm",
             self.grad_comm,
-            f"float32 with recipe={self.recipe}: it is the quantised layers' gradients that go so",
+            f"float32 with recipe={self.recipe}, which quantises nothing",
         )
         _require_processes(self.coordinator, self.num_processes, self.process_id)
         _require(self.data != "", "data", "''", '"pystdlib" or a path')

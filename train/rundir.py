@@ -18,7 +18,8 @@ PACKAGES = ("jfp4", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain
 FREE = ("resume", "plan", "backend", "run_dir", "data", "tokenizer", "eval_every", "eval_batches",
         "log", "checkpoint", "config", "mesh", "coordinator", "num_processes", "process_id",
         "profile")  # fmt: skip
-"""Fields that may change when a run goes on: they change no parameter (data goes by content)."""
+"""Fields that may change when a run goes on: they change no parameter, but for the order in which
+float32 numbers are added (data goes by content)."""
 
 
 def check(run_dir: Path, config: TrainConfig) -> None:

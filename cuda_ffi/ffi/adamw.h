@@ -75,18 +75,16 @@ inline ffi::ErrorOr<AdamWParts> AdamWCall::Read(
     return check.Finish(parts);
   }
   args.rows = rows / args.slices;
-  const auto moment_type = [&](const char* name, Buffer buffer) {
-    switch (buffer.element_type()) {
-      case ffi::U8:
-        return Moment::kE4M3;
-      case ffi::F16:
-        return Moment::kF16;
-      case ffi::F32:
-        return Moment::kF32;
-      default:
-        check.Refuse(std::string(name) + " is " + Describe(buffer) + "; expected u8, f16 or f32");
-        return Moment::kF32;
+  const auto moment_type = [&](const std::string& name, Buffer buffer) {
+    const ffi::DataType type = buffer.element_type();
+    const bool may_be_e4m3 = name == "first";
+    if (type == ffi::U8 && may_be_e4m3) return Moment::kE4M3;
+    if (type == ffi::F16) return Moment::kF16;
+    if (type != ffi::F32) {
+      check.Refuse(name + " is " + Describe(buffer) + "; expected " + (may_be_e4m3 ? "u8, " : "") +
+                   "f16 or f32");
     }
+    return Moment::kF32;
   };
   // An operand of param's shape, but for its last dimension, and its result in the same memory.
   const auto take = [&](const std::string& name, Buffer buffer, Buffer result, int64_t columns) {
@@ -109,7 +107,7 @@ inline ffi::ErrorOr<AdamWParts> AdamWCall::Read(
   const int64_t scales = args.n / args.block();
   const auto take_moment = [&](const std::string& name, Buffer buffer, Buffer exponents,
                                Buffer result, Buffer new_exponents, Moment* type, uint8_t** to) {
-    *type = moment_type(name.c_str(), buffer);
+    *type = moment_type(name, buffer);
     if (exponents.element_type() != ffi::U8) {
       check.Refuse(name + "_exponents is " + Describe(exponents) + "; expected u8");
     }

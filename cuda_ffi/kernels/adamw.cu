@@ -1,5 +1,5 @@
-// AdamW's step on the GPU: every byte of parameters, gradient and moments is read once and written
-// once, so that memory's speed is the kernel's.
+// AdamW's step on the GPU: every byte of parameters, gradient and moments is read once, and what is
+// new is written once. (Of rows that are no whole blocks every byte is read twice.)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

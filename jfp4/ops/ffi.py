@@ -171,7 +171,7 @@ def backends() -> Backends:
 
     On a CPU that is XLA unless the host path is asked for. Scales of whole tensors, shifts and the
     estimator's slope by itself have no kernels: XLA computes them always. In the product that it
-    multiplies the slope has one, of E2M1 with k above 1, unless that is summed over a mesh.
+    multiplies the slope has one, of E2M1 with k above 1, unless fsdp divides or FP8 makes the sum.
 
     Raises:
         RuntimeError: the path asked for (``backend``) is missing.

@@ -108,5 +108,5 @@ def test_one_device_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mesh", "--quick"])
     assert mesh.main() == 2
     assert capsys.readouterr().err == (
-        "error: this measures several GPUs, and JAX sees 1 cpu device\n"
+        "error: JAX sees 1 cpu device; expected two GPUs or more, or --quick on any two devices\n"
     )

@@ -217,6 +217,8 @@ def test_blocks_are_those_of_the_optimizer():
          r"grad is f32\[4, 256\], in part 1 of 3; expected 5 rows of 256"),
         ({"grad": np.zeros((3, 5, 256), np.int8)}, "grad is .*; expected bf16, f16 or f32"),
         ({"first": (np.zeros((3, 5, 256), np.int8), None)}, "first is .*; expected u8, f16 or f32"),
+        ({"second": (np.zeros((3, 5, 256), np.uint8), np.zeros((3, 5, 2), np.uint8))},
+         r"second is u8\[3, 5, 256\]; expected f16 or f32"),
         ({"keys": np.zeros((4, 4), np.uint32)}, r"keys is u32\[4, 4\]; expected u32\[slices, 4\]"),
         ({"rates": RATES[:5]}, r"rates is f32\[5\]; expected f32\[6\]"),
         ({"first": (np.zeros((3, 5, 256), np.float16), np.zeros((3, 5, 1), np.uint8))},

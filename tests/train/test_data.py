@@ -114,11 +114,6 @@ class TestBatches:
     def test_starts_late_as_fast_as_early(self) -> None:
         assert len(self.firsts(5, 10**12, 2)) == 2
 
-    def test_batch_at_agrees(self) -> None:
-        for step, firsts in enumerate(self.firsts(3, 0, 12)):
-            batch = batches.batch_at(self.TOKENS, seq_len=4, batch_size=3, seed=3, step=step)
-            assert batch[:, 0].tolist() == firsts
-
     def test_an_epoch_holds_every_window_once_in_its_own_order(self) -> None:
         served = self.firsts(0, 0, 24)
         epochs = [[*chain.from_iterable(served[begin : begin + 8])] for begin in (0, 8, 16)]
