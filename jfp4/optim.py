@@ -283,31 +283,31 @@ def skip_not_finite(
 
 
 def norm_and_finite(grads: Any) -> tuple[Float32[Array, ""], Bool[Array, ""]]:
-    """Global norm of a gradient of any float dtypes, and whether it has no NaN and no infinity.
+    """Global norm of a gradient of any float dtypes, and whether that is a finite number.
+
+    It is not where an element is NaN or infinite, nor where float32 does not hold the sum of
+    squares, above a norm of 1.8e19: clipped by it nothing would be left, and the second moment
+    would be infinite.
 
     Stacked leaves, those of three axes or more and ``Slices``, are read slice by slice: CPUs write
     out what a sum is over, here every value in float32.
     """
 
-    def measure(leaf: Array) -> tuple[Array, Array]:
-        wide = leaf.astype(jnp.float32)
-        # Its square may be infinite where an element is not, so the sum alone does not say.
-        # Nor would a maximum: that of floats loses what is not a number, on CPUs.
-        return jnp.sum(jnp.square(wide)), jnp.all(jnp.isfinite(leaf))
+    def squares(leaf: Array) -> Array:
+        return jnp.sum(jnp.square(leaf.astype(jnp.float32)))
 
-    def measure_each(*slices: Array) -> tuple[Array, Array]:
-        squares, finite = zip(*map(measure, slices), strict=True)
-        return jnp.stack(squares), jnp.stack(finite)
+    def of_each(*slices: Array) -> Array:
+        return jnp.stack([*map(squares, slices)])
 
-    def measure_in_turn(*slices: Array) -> tuple[Array, Array]:
+    def in_turn(*slices: Array) -> Array:
         choices = [functools.partial(lambda own: own, own) for own in slices]
-        return lax.map(lambda i: measure(lax.switch(i, choices)), jnp.arange(len(slices)))
+        return lax.map(lambda i: squares(lax.switch(i, choices)), jnp.arange(len(slices)))
 
-    def measure_leaf(leaf: Any) -> tuple[Array, Array]:
+    def of_leaf(leaf: Any) -> Array:
         if is_slices(leaf):
-            return lax.platform_dependent(*leaf.each, cpu=measure_in_turn, default=measure_each)
-        return lax.map(measure, leaf) if leaf.ndim >= 3 else measure(leaf)
+            return jnp.sum(lax.platform_dependent(*leaf.each, cpu=in_turn, default=of_each))
+        return jnp.sum(lax.map(squares, leaf)) if leaf.ndim >= 3 else squares(leaf)
 
-    measured = [measure_leaf(leaf) for leaf in jax.tree.leaves(grads, is_leaf=is_slices)]
-    squares = sum(jnp.sum(squares) for squares, _ in measured)
-    return jnp.sqrt(squares), jnp.all(jnp.array([jnp.all(finite) for _, finite in measured]))
+    leaves = jax.tree.leaves(grads, is_leaf=is_slices)
+    norm = jnp.sqrt(sum(map(of_leaf, leaves), jnp.float32(0)))
+    return norm, jnp.isfinite(norm)

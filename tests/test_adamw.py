@@ -179,3 +179,22 @@ def test_everything_is_replaced_in_its_own_memory(format, first, second, sliced)
     # The gradient's norm reads it in float32, a slice or a matrix at a time, and a byte of each
     # element says whether it is finite.
     assert memory.temp_size_in_bytes <= (4 + 1) * 128 * 512 + 2**12
+
+
+def test_vmap_is_a_loop():
+    """Of members with rates of their own: each clips by its own norm."""
+    optimizer = optimizer_of("e4m3", "float16", seed=1)
+    members = [{"stack": k * PARAMS["stack"], "matrix": -k * PARAMS["matrix"]} for k in (1.0, 3.0)]
+    stored = [master.encode(jax.tree.map(jnp.float32, p), "bfloat16") for p in members]
+    given = [(p, optimizer.init(p), jax.tree.map(jnp.sin, p)) for p in stored]
+
+    def step(*args):
+        return optimizer.step(*args, seed=7, step=3)
+
+    with jfp4.backend("host"):
+        expected = [jax.jit(step)(*args) for args in given]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+        found = jax.jit(jax.vmap(step))(*stacked)
+    for number, alone in enumerate(expected):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_array_equal(np.asarray(a[number]), np.asarray(b))

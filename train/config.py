@@ -81,7 +81,8 @@ class OptimizerConfig:
     """Largest global norm of a gradient; None clips nothing."""
 
     accumulation: int = 1
-    """Microbatches a step: batch_size is split into as many."""
+    """Microbatches a step: batch_size is split into as many. With bfloat16 weights, in which their
+    gradients are added up, at most 256: sums of more stand still."""
 
     master: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are kept in. float16 and bfloat16 are rounded stochastically, and so narrow are
@@ -113,6 +114,9 @@ class OptimizerConfig:
         clips = self.clip_norm is None or self.clip_norm > 0
         _require(clips, "optimizer.clip_norm", self.clip_norm, "> 0 or None")
         _require(self.accumulation >= 1, "optimizer.accumulation", self.accumulation, ">= 1")
+        holds = self.master != "bfloat16" or self.accumulation <= 256
+        most = "<= 256 with optimizer.master=bfloat16"
+        _require(holds, "optimizer.accumulation", self.accumulation, most)
         _require(self.max_skipped >= 1, "optimizer.max_skipped", self.max_skipped, ">= 1")
 
 

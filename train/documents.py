@@ -199,7 +199,7 @@ def _read_python(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
         yield "", source.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except (SyntaxError, LookupError, UnicodeError) as error:
         raise _Unreadable(
             " is not text in the encoding it declares; convert it or move it elsewhere"
         ) from error
@@ -211,7 +211,7 @@ def _read_jsonl(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Unreadable(f":{number}: is not JSON in UTF-8; mend or remove it") from error
         if not isinstance(record, dict) or "text" not in record:
             raise _Unreadable(f':{number}: is not an object with a field "text"; add it')

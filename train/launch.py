@@ -22,6 +22,7 @@ POLL = 0.2
 """Seconds between looks at the processes."""
 
 USER_ERROR, INTERRUPTED = 2, 130
+FINAL = (USER_ERROR, INTERRUPTED)
 """Exit statuses of ``train.main`` after which nothing is gained by starting it again."""
 
 
@@ -66,7 +67,7 @@ def launch(flags: Sequence[str], processes: int | None, restarts: int) -> int:
             began = Path(run_dir, "config.json").is_file()
             resume = ["--resume"] if began and "--resume" not in flags else []
             status = _attempt([*flags, *resume], processes, terminated)
-            if status in (0, USER_ERROR, INTERRUPTED) or terminated.received:
+            if status in (0, *FINAL) or terminated.received:
                 return status
     return status
 
@@ -88,9 +89,12 @@ def _attempt(flags: Sequence[str], processes: int | None, terminated: "_Terminat
             statuses = [process.poll() for process in running]
             failed = [i for i, status in enumerate(statuses) if status]
             if failed:
-                # What is not complete without it is not completed: nothing to wait for.
-                status = running[failed[0]].returncode
-                _say(f"process {failed[0]} of {len(running)} here ended {_how(status)}")
+                # What is not complete without it is not completed: nothing to wait for. One that
+                # has a mistake to tell may take others with it.
+                told = [i for i in failed if statuses[i] in FINAL]
+                first = (told or failed)[0]
+                status = running[first].returncode
+                _say(f"process {first} of {len(running)} here ended {_how(status)}")
                 return status
             if None not in statuses:
                 return 0

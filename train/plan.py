@@ -217,8 +217,8 @@ def kept_bytes(config: TrainConfig) -> int:
 
 
 def device_memory() -> tuple[int, str]:
-    """Bytes that the default device can give this process, and its name."""
-    device = jax.devices()[0]
+    """Bytes that this process's first device can give it, and its name."""
+    device = jax.local_devices()[0]
     stats = None if device.platform == "cpu" else device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]), device.device_kind
@@ -226,8 +226,8 @@ def device_memory() -> tuple[int, str]:
 
 
 def peak_bytes() -> int | None:
-    """Peak bytes in use so far: of the device where it counts them, else of the process."""
-    device = jax.devices()[0]
+    """Peak bytes in use so far: of its first device where that counts them, else of the process."""
+    device = jax.local_devices()[0]
     stats = None if device.platform == "cpu" else device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])

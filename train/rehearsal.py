@@ -89,6 +89,11 @@ def rehearse(config: TrainConfig) -> Rehearsal:
         capture_output=True,
         text=True,
     )
+    if done.returncode < 0:
+        raise UserError(
+            f"mesh={config.mesh}: its rehearsal was ended by signal {-done.returncode}; expected "
+            f"memory for {devices} host devices"
+        )
     if done.returncode:
         raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     found = json.loads(done.stdout.splitlines()[-1])

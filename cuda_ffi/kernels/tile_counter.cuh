@@ -47,7 +47,7 @@ __device__ __forceinline__ uint32_t TakeNumber(TileCounter* counter, uint32_t la
       store(TileCounter::kStarted);
       return 0;
     }
-    state = found;
+    state = load();  // not what was found: that would order nothing after who started it
   }
   const uint32_t number = atomicAdd(&counter->next, 1);
   if (number == last) store(0);

@@ -113,7 +113,9 @@ def _losses(
     logits: Float32[Array, "*b v"], targets: Int[Array, "*b"]
 ) -> tuple[Float32[Array, "*b"], Float32[Array, "*b v"]]:
     """Each token's loss, and its derivative by the logits."""
-    v, targets = logits.shape[-1], targets.astype(jnp.int32)  # what is narrower may not hold v
+    v = logits.shape[-1]
+    if targets.dtype.itemsize < 4:  # which may not hold v
+        targets = targets.astype(jnp.int32)
     is_target = jnp.arange(v, dtype=targets.dtype) == targets[..., None]
     high = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - high), axis=-1, keepdims=True)) + high

@@ -532,6 +532,7 @@ def adamw(
     param, *new = _call(
         "jfp4_adamw",
         results,
+        vmap_method="sequential",  # a call is one tensor's, with its own rates
         input_output_aliases={i: i for i in range(len(operands))},
     )(
         *operands,
@@ -555,8 +556,10 @@ def adamw(
     return param, new_first, new_second
 
 
-def _call(target: str, results: Any, **options: Any) -> Callable[..., Any]:
-    call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all", **options)
+def _call(
+    target: str, results: Any, vmap_method: str = "broadcast_all", **options: Any
+) -> Callable[..., Any]:
+    call = jax.ffi.ffi_call(target, results, vmap_method=vmap_method, **options)
 
     def varying(*operands: Array, **attributes: Any) -> Any:
         return partition.varying_alike(call(*operands, **attributes), operands)

@@ -103,6 +103,13 @@ def test_a_target_outside_the_vocabulary_is_nan(bad, chunk):
     assert np.isnan(cross_entropy_of_logits(X @ W, targets))
 
 
+def test_a_wide_target_is_not_another_class():
+    logits = np.zeros((2, V), np.float32)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        loss = cross_entropy_of_logits(jnp.asarray(logits), jnp.asarray([2**32 + 3, 1]))
+        assert np.isnan(loss)
+
+
 @pytest.mark.parametrize("where", ["x", "w"])
 def test_a_nan_stays_one(where):
     x, w = X.copy(), W.copy()

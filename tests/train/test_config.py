@@ -83,6 +83,10 @@ def test_json_brings_a_configuration_back(model, recipe):
         (["--optimizer.beta2=-0.5"], "optimizer.beta2=-0.5; expected"),
         (["--optimizer.eps=0"], "optimizer.eps=0.0; expected > 0"),
         (["--optimizer.clip_norm=0"], "optimizer.clip_norm=0.0; expected > 0 or None"),
+        (
+            ["--optimizer.accumulation=512", "--optimizer.master=bfloat16"],
+            "optimizer.accumulation=512; expected <= 256 with optimizer.master=bfloat16",
+        ),
         (["--optimizer.accumulation=0"], "optimizer.accumulation=0; expected >= 1"),
         (["--optimizer.max_skipped=0"], "optimizer.max_skipped=0; expected >= 1"),
         (["--checkpoint.every=-1"], "checkpoint.every=-1; expected >= 0"),

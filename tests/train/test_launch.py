@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,15 @@ def test_what_is_killed_starts_again_and_resumes(launched):
 def test_a_mistake_does_not_start_again(launched):
     status, (starts,), _ = launched({"0": [2]})
     assert status == 2 and len(starts) == 1
+
+
+def test_a_mistake_of_one_that_ends_others_is_what_is_told(launched):
+    # So that both are found ended at once.
+    status, (_, starts), said = launched(
+        {"0": [1], "1": [2]}, "--processes=2", as_it_starts=lambda: time.sleep(1)
+    )
+    assert status == 2 and len(starts) == 1
+    assert "process 1 of 2 here ended with status 2" in said
 
 
 def test_no_more_than_so_many_times(launched):

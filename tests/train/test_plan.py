@@ -165,6 +165,18 @@ def test_memory_of_this_machine():
     assert peak_bytes() >= array.nbytes
 
 
+def test_memory_is_that_of_a_device_of_this_process(monkeypatch):
+    def refused():
+        raise RuntimeError("MemoryStats is only supported for addressable PjRt devices")
+
+    given = {"bytes_limit": 7, "peak_bytes_in_use": 5}
+    theirs = SimpleNamespace(platform="gpu", device_kind="A1", memory_stats=refused)
+    own = SimpleNamespace(platform="gpu", device_kind="A1", memory_stats=lambda: given)
+    monkeypatch.setattr(jax, "devices", lambda: [theirs, own])
+    monkeypatch.setattr(jax, "local_devices", lambda: [own])
+    assert device_memory() == (7, "A1") and peak_bytes() == 5
+
+
 @pytest.mark.parametrize(
     ("platform", "fsdp", "size", "overlapped"),
     [
