@@ -25,6 +25,10 @@ USER_ERROR, INTERRUPTED = 2, 130
 FINAL = (USER_ERROR, INTERRUPTED)
 """Exit statuses of ``train.main`` after which nothing is gained by starting it again."""
 
+STOPPED = 128 + signal.SIGTERM
+"""Exit status where a run was asked to end, and saved: what starts jobs again is not to take it for
+done. (Gone on with, a run that was done already says so and ends with 0.)"""
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs until the run is done; returns the exit status of the last attempt."""
@@ -67,6 +71,8 @@ def launch(flags: Sequence[str], processes: int | None, restarts: int) -> int:
             began = Path(run_dir, "config.json").is_file()
             resume = ["--resume"] if began and "--resume" not in flags else []
             status = _attempt([*flags, *resume], processes, terminated)
+            if terminated.received and status == 0:
+                return STOPPED
             if status in (0, *FINAL) or terminated.received:
                 return status
     return status

@@ -140,7 +140,7 @@ def test_a_signal_to_all_in_the_terminal_reaches_the_run_once(tmp_path, number):
             assert launcher.communicate(timeout=30)[0] == "SIGTERM\n"
         finally:
             launcher.kill()  # or what did not end would be waited for
-    assert launcher.returncode == 0
+    assert launcher.returncode == 143
 
 
 def test_a_signal_between_two_attempts_ends_it(launched, monkeypatch):
