@@ -130,7 +130,10 @@ class AdamW:
         """Itself, its mask asked of whole leaves: by slices, they would have other shapes."""
         if self.mask is None:
             return self
-        decays = dict(jax.tree.leaves_with_path(self.mask(stored)))
+        whole = jax.tree.map(  # a mask may have one answer for many leaves
+            lambda decay, part: jax.tree.map(lambda _: decay, part), self.mask(stored), stored
+        )
+        decays = dict(jax.tree.leaves_with_path(whole))
         return dataclasses.replace(
             self, mask=lambda tree: jax.tree.map_with_path(lambda path, _: decays[path], tree)
         )

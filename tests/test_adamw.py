@@ -136,6 +136,17 @@ def test_a_mask_by_shape_is_of_whole_leaves(axes):
         assert shrunk == {key: leaf.ndim > axes for key, leaf in params.items()}
 
 
+def test_a_mask_may_have_one_answer_for_many_leaves():
+    optimizer = AdamW(0.1, weight_decay=0.5, mask=lambda params: {"all": True, "none": False})
+    params = {name: {"a": jnp.ones((2, 128)), "b": jnp.ones(3)} for name in ("all", "none")}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for name in ("xla", "host"):
+        with jfp4.backend(name):
+            stored, *_ = optimizer.step(params, optimizer.init(params), grads, step=0)
+        assert all(np.all(np.asarray(leaf) < 1) for leaf in stored["all"].values())
+        assert all(np.all(np.asarray(leaf) == 1) for leaf in stored["none"].values())
+
+
 def test_a_learning_rate_may_be_a_number():
     schedule, number = (
         AdamW(rate, first="float32", second="float32") for rate in (lambda count: 0.25, 0.25)
