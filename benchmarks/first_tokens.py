@@ -207,7 +207,8 @@ def summary(run_dir: Path, run: Run) -> dict[str, Any]:
 def write(config: Config, runs: list[dict[str, Any]]) -> Path:
     """Writes what is finished so far, with where it comes from."""
     device = re.sub(r"[^a-z0-9]+", "-", runs[0]["device"].lower()).strip("-")
-    path = Path(config.out) / f"first_tokens-{device}.json"
+    shared = "-shared" if config.shared else ""
+    path = Path(config.out) / f"first_tokens-{device}{shared}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "data": Path(config.data).name,
