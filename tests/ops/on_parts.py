@@ -350,7 +350,7 @@ def optimizer(results, backend):
     # Of a stack alone: what is sent, and what is held besides what is replaced.
     mesh = make_mesh((2, 2, 2))
     place = NamedSharding(mesh, P(None, "fsdp", "tensor"))
-    stored = jax.ShapeDtypeStruct((3, 16, 512), jnp.bfloat16, sharding=place)
+    stored = jax.ShapeDtypeStruct((12, 16, 512), jnp.bfloat16, sharding=place)
     state = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=place if leaf.ndim else NamedSharding(mesh, P())

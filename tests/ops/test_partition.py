@@ -153,10 +153,12 @@ def test_an_optimizer_step_sends_nothing_and_copies_nothing(found, request):
     # Of the gradient every device's sum of squares, which says whether all of it is finite.
     assert {tuple(sent) for sent in found["adamw sends"]} == {("all-reduce", 4)}
     replaced, besides = found["adamw holds"]
-    part = 3 * 16 * 512 // 4
+    part = 12 * 16 * 512 // 4
     assert replaced >= part * (2 + 1 + 2) + 2 * part // 128
     if "host" in request.node.callspec.id:  # XLA's holds a slice's float32 values
-        assert besides <= part
+        # The least copy, of the first moment, would be a part; a slice's gradient in float32, which
+        # its norm is of, is a third of one.
+        assert besides < part
 
 
 @pytest.mark.slow
