@@ -239,7 +239,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
 def skip_not_finite(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes a gradient with a NaN or an infinity change nothing but the counts of what was skipped.
+    """Makes a gradient without a finite norm change nothing but the counts of what was skipped.
 
     What ``optax.apply_if_finite`` does without its limit, by a selection an element where that one
     has a ``lax.cond``; and it can be told whether the gradient is finite, by the argument

@@ -101,10 +101,11 @@ def compiler_options(config: TrainConfig, placement: Placement) -> dict[str, str
     """What a configuration asks of XLA on a mesh.
 
     Of GPUs: an order in which what is sent goes on beside what is computed. XLA's own is the one
-    of least memory, and has each collective waited for as soon as it begins. XLA has them begin as
-    late as it dares, which is the later the more may be under way. Where nothing is gathered, two
-    leave the first half of a backward in peace, and the second time enough to send all; begun as
-    soon as they can be, they are beside products all the time, which suffer most from them.
+    of least memory, and has each collective waited for as soon as it begins. This one has them
+    begin as late as it dares, which is the later the more may be under way. Where nothing is
+    gathered, two leave a backward's first half to the products, and its second half to all that is
+    sent. The last sixteen or so reductions come at its end, whatever their size: llama1b is faster
+    than with reductions begun at once, and 12 layers of 7B's width are not.
     """
     options: dict[str, str | bool] = {}
     if config.deterministic:

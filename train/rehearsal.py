@@ -89,13 +89,14 @@ def rehearse(config: TrainConfig) -> Rehearsal:
         capture_output=True,
         text=True,
     )
-    if done.returncode < 0:
+    said = done.stderr.strip().splitlines()
+    if done.returncode < 0 or (done.returncode and not said):
         raise UserError(
-            f"mesh={config.mesh}: its rehearsal was ended by signal {-done.returncode}; expected "
+            f"mesh={config.mesh}: its rehearsal ended with status {done.returncode}; expected "
             f"memory for {devices} host devices"
         )
     if done.returncode:
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        raise UserError(said[-1].removeprefix("error: "))
     found = json.loads(done.stdout.splitlines()[-1])
     sent = [Collective(**c | {"group": tuple(c["group"])}) for c in found.pop("collectives")]
     return Rehearsal(**found, collectives=sent)

@@ -103,7 +103,7 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step.
 
-        A gradient with a NaN or an infinity changes nothing but ``step`` and the counts of what
+        A gradient without a finite norm changes nothing but ``step`` and the counts of what
         was skipped.
 
         Returns:

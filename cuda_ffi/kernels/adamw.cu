@@ -178,6 +178,7 @@ struct Place {
 __device__ __forceinline__ float Factor(DType type) { return type == DType::kF16 ? 0x1p10f : 1.0f; }
 
 __device__ __forceinline__ adamw::Grid GridOf(DType type) {
+  // A copy: returned as they are, the constants would have to lie in the device's memory.
   const adamw::Grid grid = type == DType::kBF16 ? adamw::kBF16Grid : adamw::kF16Grid;
   return grid;
 }

@@ -6,7 +6,8 @@ take and give the same codes. Where a computation is lowered for a GPU whose ker
 serve, and elsewhere XLA does, unless ``backend`` or the environment's JFP4_BACKEND asks for one.
 
 The functions below are given arrays with any leading (batch) dimensions, which all operands share.
-``jax.vmap`` adds one to every operand: what was not batched is broadcast first.
+``jax.vmap`` adds one to every operand: what was not batched is broadcast first. ``adamw`` alone is
+of one tensor a call, and is called for one after the other.
 """
 
 import dataclasses

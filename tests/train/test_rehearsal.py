@@ -36,10 +36,13 @@ def test_a_mesh_that_does_not_fit_is_told_in_one_line():
         rehearse(parse([*FLAGS, "--mesh=data=8"]))
 
 
-def test_one_that_was_killed_is_told(monkeypatch):
-    killed = subprocess.CompletedProcess([], returncode=-9, stdout="", stderr="")
+@pytest.mark.parametrize(("status", "said"), [(-9, ""), (-9, "warning: slow"), (1, "")])
+def test_one_that_was_killed_is_told(monkeypatch, status, said):
+    killed = subprocess.CompletedProcess([], returncode=status, stdout="", stderr=said)
     monkeypatch.setattr(rehearsal.subprocess, "run", lambda *args, **options: killed)
-    with pytest.raises(UserError, match=r"^mesh=data=4: .* by signal 9; expected memory for 4"):
+    with pytest.raises(
+        UserError, match=rf"^mesh=data=4: .* status {status}; expected memory for 4"
+    ):
         rehearse(parse([*FLAGS, "--mesh=data=4"]))
 
 
