@@ -32,19 +32,20 @@ from benchmarks.timing import (
     wall_seconds,
     write,
 )
-from benchmarks.train_step import CompiledStep
+from benchmarks.train_step import OPTIMIZER, CompiledStep
 from jfp4.models.config import MODELS, LlamaConfig
+from jfp4.ops.exchange import GradComm
 from jfp4.recipe import RECIPES
 from train.collectives import collectives, summary
-from train.config import TrainConfig
+from train.config import OptimizerConfig, TrainConfig
 from train.placement import place
 
 SEQUENCES, LENGTH = 8, 2048
 """A GPU's sequences a step, and their tokens."""
 
-SIZES: dict[str, int] = {"llama1b": 24, "llama7b": 12}
-"""Layers of each model: all of them, and as many as 78 GiB hold with weights and moments in
-float32, nothing recomputed, and room for what is exchanged."""
+OPTIMIZERS = {"llama1b": OptimizerConfig(), "llama7b": OPTIMIZER}
+"""Models, each whole, and what its weights and moments are kept in: what the trainer does unasked,
+and what the README does with models that large."""
 
 QUICK = dataclasses.replace(
     MODELS["llama5m"], num_layers=2, embed_dim=64, mlp_dim=128, num_kv_heads=4
@@ -71,36 +72,36 @@ class Case:
         model: name of the size.
         recipe: name of the preset.
         mesh: the trainer's flag, or None for one device.
-        grad_comm: how gradients are summed over data and fsdp.
+        grad_comm: what devices send one another of gradients; None: what these are kept in.
         overlap: whether collectives may go on beside computation, as the trainer has it.
     """
 
     model: str
     recipe: str = "fp4"
     mesh: str | None = None
-    grad_comm: str = "float32"
+    grad_comm: GradComm | None = None
     overlap: bool = True
 
     def __str__(self) -> str:
         """The case in words."""
         rest = "" if self.overlap else ", in XLA's own order"
-        return f"{self.model}, {self.recipe}, {self.mesh or 'one'}, {self.grad_comm}{rest}"
+        sent = self.grad_comm or "as kept"
+        return f"{self.model}, {self.recipe}, {self.mesh or 'one'}, {sent}{rest}"
 
 
 def cases(model: str, devices: int) -> list[Case]:
     """Every case of a model, the more telling ones first."""
     data, fsdp, tensor = (f"{axis}={devices}" for axis in ("data", "fsdp", "tensor"))
+    narrow = OPTIMIZERS.get(model, OptimizerConfig()).master != "float32"
     return [
         Case(model),
-        Case(model, mesh=data),
-        Case(model, mesh=fsdp),
-        Case(model, mesh=data, grad_comm="fp8"),
-        Case(model, mesh=fsdp, grad_comm="fp8"),
+        *(Case(model, mesh=mesh) for mesh in (data, fsdp)),
+        *(Case(model, mesh=mesh, grad_comm="fp8") for mesh in (data, fsdp)),
         Case(model, mesh=tensor),
+        *(Case(model, mesh=mesh, grad_comm="float32") for mesh in (data, fsdp) if narrow),
         Case(model, "bf16"),
         Case(model, "bf16", mesh=fsdp),
-        Case(model, mesh=fsdp, overlap=False),
-        Case(model, mesh=data, overlap=False),
+        *(Case(model, mesh=mesh, overlap=False) for mesh in (fsdp, data)),
     ]
 
 
@@ -110,7 +111,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model, on any devices")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=300, help="no case begins after these")
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--models", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--only", default="", help="a pattern of the cases, as they are printed")
     arguments = parser.parse_args()
     if jax.device_count() < 2 or (jax.default_backend() == "cpu" and not arguments.quick):
@@ -130,8 +131,13 @@ def main() -> int:
         "errors": log.errors,
     }
     log.say(f"{jax.device_count()} x {results['provenance']['device']}")
-    for model in ["llama5m"] if arguments.quick else arguments.models:
-        measure_model(log, model, arguments, results)
+    models = ["llama5m"] if arguments.quick else arguments.models
+    measure_all(
+        log,
+        [case for model in models for case in cases(model, jax.device_count())],
+        arguments,
+        results,
+    )
     log.say(f"wrote {write('mesh', results, arguments.out)}")
     print(table(results))
     for error in log.errors:
@@ -139,20 +145,19 @@ def main() -> int:
     return 1 if log.errors else 0
 
 
-def measure_model(
-    log: Log, model: str, arguments: argparse.Namespace, results: dict[str, Any]
+def measure_all(
+    log: Log, every: Sequence[Case], arguments: argparse.Namespace, results: dict[str, Any]
 ) -> None:
-    """Compiles a model's cases together, then times one after the other, each written at once."""
-    every = cases(model, jax.device_count())
+    """Compiles all cases together, then times one after the other, each written at once."""
     wanted = [case for case in every if re.search(arguments.only, str(case))]
     end = log.start + arguments.seconds
-    with concurrent.futures.ThreadPoolExecutor(len(every)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max(len(wanted), 1)) as pool:
         futures = [pool.submit(compiled, case, arguments.quick) for case in wanted]
         # Compiling tries kernels on the GPU, so that nothing is timed beside it.
         concurrent.futures.wait(futures, timeout=max(0.0, end - time.perf_counter()))
         for future in futures:
             future.cancel()  # if it has not begun
-    log.say(f"{model}: compiled")
+    log.say(f"compiled {len(wanted)} cases")
     for case, future in zip(wanted, futures, strict=True):
         if time.perf_counter() > end or future.cancelled():
             results["left_out"].append(str(case))
@@ -179,17 +184,16 @@ def configuration(case: Case, quick: bool) -> TrainConfig:
     rows = (1 if quick else SEQUENCES) * (1 if case.mesh is None else jax.device_count())
     return TrainConfig(
         model=case.model, recipe=case.recipe, batch_size=rows, seq_len=length, steps=1000, lr=1e-4,
-        mesh=case.mesh, grad_comm="fp8" if case.grad_comm == "fp8" else "float32",
+        mesh=case.mesh, grad_comm=case.grad_comm,
         llama=_llama(case.model, quick), quantization=RECIPES[case.recipe],
+        optimizer=OPTIMIZERS.get(case.model, OptimizerConfig()),
     )  # fmt: skip
 
 
 def _llama(model: str, quick: bool) -> LlamaConfig:
     if quick:
         return QUICK
-    return dataclasses.replace(
-        MODELS[model], num_layers=SIZES[model], remat="none", scan_layers=False
-    )
+    return dataclasses.replace(MODELS[model], remat="none", scan_layers=False)
 
 
 def timed(case: Case, step: CompiledStep, log: Log) -> dict[str, Any]:
@@ -200,6 +204,7 @@ def timed(case: Case, step: CompiledStep, log: Log) -> dict[str, Any]:
     sent = summary(collectives(step.hlo))
     devices = 1 if case.mesh is None else jax.device_count()
     found = dataclasses.asdict(case) | {
+        "grad_comm": step.config.gradients_sent_in,
         "devices": devices,
         "layers": step.config.llama.num_layers,
         "tokens": step.config.batch_size * step.config.seq_len,
@@ -292,7 +297,7 @@ def rows(results: dict[str, Any]) -> Iterable[list[str]]:
             case["grad_comm"] if several else "—",
             ("overlapped" if case["overlap"] else "XLA's") if several else "—",
             f"{case['ms']:.1f}", f"{case['tokens_per_s']:,.0f}",
-            f"{over:.2f}x" if over else "—",
+            f"{over:.3f}x" if over else "—",
             f"{sent / 2**30:.2f}" if several else "—",
             *(f"{times[name]:.1f}" if several and times else "—"
               for name in ("collective_ms", "exposed_ms")),

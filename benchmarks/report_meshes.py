@@ -9,10 +9,14 @@ from benchmarks.provenance import flags_of
 CASE = ("model", "recipe", "mesh", "grad_comm", "overlap")
 
 CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"grad_comm": "float32"}, "gradients in FP8 instead of float32"),
+    ({"grad_comm": "float32"}, "gradients in {grad_comm} instead of float32"),
+    ({"grad_comm": "bfloat16"}, "gradients in {grad_comm} instead of bfloat16"),
     ({"overlap": False}, "collectives beside computation, instead of in XLA's own order,"),
 )
 """What a case is held against, and what then is different."""
+
+WIDTHS = ("float32", "bfloat16", "fp8")
+"""Gradients from the widest to the narrowest."""
 
 
 def measured(results: list[dict[str, Any]]) -> str:
@@ -23,14 +27,15 @@ def measured(results: list[dict[str, Any]]) -> str:
 
 
 def _how() -> str:
-    return f"""A GPU has {mesh.SEQUENCES} sequences of {mesh.LENGTH:,} tokens a step; weights and
-moments are in float32, layers written out, and nothing is recomputed. Along data and fsdp each GPU
-has sequences of its own, so twice as many GPUs have twice the batch; along tensor they share that
-same larger batch, each computing its part of every product. Over one GPU stand the tokens a second
-of all GPUs over those of one with its {mesh.SEQUENCES} sequences. What is sent is counted in the
-compiled program, a GPU's bytes a step by the ring algorithms. The time of collectives is that of
-the first GPU's trace, waiting for the others included; alone is the part of it in which that GPU
-computes nothing."""
+    return f"""A GPU has {mesh.SEQUENCES} sequences of {mesh.LENGTH:,} tokens a step. Models are
+whole: llama1b with weights and moments in float32, llama7b with weights in BF16, rounded
+stochastically, and moments in E4M3 and FP16; layers are written out, and nothing is recomputed.
+Along data and fsdp each GPU has sequences of its own, so twice as many GPUs have twice the batch;
+along tensor they share that same larger batch, each computing its part of every product. Over one
+GPU stand the tokens a second of all GPUs over those of one with its {mesh.SEQUENCES} sequences.
+What is sent is counted in the compiled program, a GPU's bytes a step by the ring algorithms. The
+time of collectives is that of the first GPU's trace, waiting for the others included; alone is the
+part of it in which that GPU computes nothing."""
 
 
 def _part(result: dict[str, Any]) -> str:
@@ -59,11 +64,14 @@ def sentences(result: dict[str, Any]) -> str:
     lines = []
     for case in result["cases"]:
         for change, words in CHANGES:
-            other = by.get(tuple((case | change)[name] for name in CASE))
-            if other is not None and other is not case:
+            changed = case | change
+            other = by.get(tuple(changed[name] for name in CASE))
+            wider = WIDTHS.index(changed["grad_comm"]) <= WIDTHS.index(case["grad_comm"])
+            if other is not None and other is not case and wider:
                 faster = case["tokens_per_s"] / other["tokens_per_s"] - 1
                 lines.append(
-                    f"- {case['model']}, {case['recipe']}, `{case['mesh']}`: {words} change the "
+                    f"- {case['model']}, {case['recipe']}, `{case['mesh']}`: "
+                    f"{words.format_map(case)} change the "
                     f"speed by {faster:+.1%}."
                 )
     return "\n".join(lines)

@@ -194,8 +194,10 @@ class TrainConfig:
     mesh: str | None = None
     """Devices along data, fsdp and tensor, such as data=2,fsdp=-1 (-1: the rest); None: one."""
 
-    grad_comm: GradComm = "float32"
-    """How devices sum gradients over data and fsdp: float32, or fp8, a quarter of the bytes."""
+    grad_comm: GradComm | None = None
+    """What devices send one another of gradients over data and fsdp: float32, bfloat16, or fp8, a
+    quarter of float32's bytes; None: what gradients are kept in, bfloat16 beside bfloat16 weights
+    and else float32."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0, where there are several; auto under SLURM and on TPU slices."""
@@ -238,6 +240,13 @@ class TrainConfig:
     llama: Annotated[LlamaConfig, tyro.conf.arg(name="model")] = MODELS["llama5m"]
     quantization: Annotated[Recipe, tyro.conf.arg(name="recipe")] = RECIPES["fp4"]
 
+    @property
+    def gradients_sent_in(self) -> GradComm:
+        """``grad_comm``, or where it is None what gradients are kept in."""
+        if self.grad_comm is not None:
+            return self.grad_comm
+        return "bfloat16" if self.optimizer.master == "bfloat16" else "float32"
+
     def __post_init__(self) -> None:
         _require_known("model", self.model, MODELS)
         _require_known("recipe", self.recipe, RECIPES)
@@ -248,12 +257,13 @@ class TrainConfig:
                 parse_mesh(self.mesh)
             except ValueError as error:
                 raise UserError(f"mesh={error}") from None
-        _require_known("grad_comm", self.grad_comm, dict.fromkeys(get_args(GradComm)))
+        if self.grad_comm is not None:
+            _require_known("grad_comm", self.grad_comm, dict.fromkeys(get_args(GradComm)))
         _require(
-            self.grad_comm == "float32" or self.quantization.quantizes,
+            self.grad_comm != "fp8" or self.quantization.quantizes,
             "grad_comm",
             self.grad_comm,
-            f"float32 with recipe={self.recipe}, which quantises nothing",
+            f"float32 or bfloat16 with recipe={self.recipe}, which quantises nothing",
         )
         _require_processes(self.coordinator, self.num_processes, self.process_id)
         _require(self.data != "", "data", "''", '"pystdlib" or a path')

@@ -102,19 +102,14 @@ def compiler_options(config: TrainConfig, placement: Placement) -> dict[str, str
 
     Of GPUs: an order in which what is sent goes on beside what is computed. XLA's own is the one
     of least memory, and has each collective waited for as soon as it begins. This one has them
-    begin as late as it dares, which is the later the more may be under way. Where nothing is
-    gathered, two leave a backward's first half to the products, and its second half to all that is
-    sent. The last sixteen or so reductions come at its end, whatever their size: llama1b is faster
-    than with reductions begun at once, and 12 layers of 7B's width are not.
+    begin as late as it dares, at most two at a time.
     """
     options: dict[str, str | bool] = {}
     if config.deterministic:
         options["xla_gpu_exclude_nondeterministic_ops"] = True
     if placement.mesh.size > 1 and placement.mesh.devices.flat[0].platform == "gpu":
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
-        options["xla_gpu_experimental_parallel_collective_overlap_limit"] = (
-            "4" if placement.mesh.shape["fsdp"] > 1 else "2"
-        )
+        options["xla_gpu_experimental_parallel_collective_overlap_limit"] = "2"
     return options
 
 

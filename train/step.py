@@ -112,7 +112,7 @@ class Trainer:
             scaled ``loss_scale``, and with float16 weights ``overflowed``, whether one is infinite.
         """
         scale = state.loss_scale
-        with grad_comm(self.config.grad_comm):
+        with grad_comm(self.config.gradients_sent_in):
             loss, stats, grads = self._gradient(state, batch)
         with jax.named_scope("optimizer"):
             params, opt_state, grad_norm = self.optimizer.step(

@@ -1,4 +1,4 @@
-"""Sums of gradients over devices: in float32, or exchanged in FP8.
+"""Sums of gradients over devices: of float32 or bfloat16 numbers, or exchanged in FP8.
 
 In FP8 every device sends each other one its share of the gradient as E4M3 codes with a float32
 scale a row; shares are added up in float32, and where all devices are to have all of it the sums
@@ -11,7 +11,6 @@ An element that is quantised is off by at most ``2**-4`` of itself, and at least
 """
 
 import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
@@ -22,10 +21,10 @@ from jaxtyping import Array, Float, Float32
 
 from jfp4.formats import FORMATS
 from jfp4.ops import partition
-from jfp4.ops.partition import Axes, Part, Rule
+from jfp4.ops.partition import Axes, Part, Reduction, Rule
 from jfp4.ops.quantize import codes_and_scale
 
-GradComm = Literal["float32", "fp8"]
+GradComm = Literal["float32", "bfloat16", "fp8"]
 
 _asked = jax.make_user_context("float32")
 
@@ -38,7 +37,8 @@ def grad_comm(name: GradComm) -> AbstractContextManager[None]:
     quantised layers, and of Llama's embedding and head.
 
     Args:
-        name: "float32", or "fp8", E4M3 with a scale a row.
+        name: "float32"; "bfloat16", to which each device's part is rounded, and sums as the back
+            end makes them of such numbers; or "fp8", E4M3 with a scale a row.
 
     Raises:
         ValueError: another name.
@@ -48,13 +48,11 @@ def grad_comm(name: GradComm) -> AbstractContextManager[None]:
     return _asked(name)
 
 
-def reduction() -> Callable[[Part, Array, str], Array]:
-    """How a gradient is summed over all parts of a factor, as ``grad_comm`` says now."""
-    return Part.reduce if _asked.value == "float32" else _reduce_in_fp8
-
-
-def _reduce_in_fp8(part: Part, x: Float32[Array, "..."], factor: str) -> Float32[Array, "..."]:
-    return part.reduce(x, factor, by=(_scattered_sum, _sum))
+def reduction() -> Reduction:
+    """How a gradient is summed over devices, as ``grad_comm`` says now."""
+    if _asked.value == "fp8":
+        return Reduction(by=(_scattered_sum, _sum))
+    return Reduction(jnp.dtype(_asked.value))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Float32
 
 from jfp4.formats import FORMATS, Format, get_format, unpack
 from jfp4.ops import dge, ffi, partition
-from jfp4.ops.partition import Part, Rule
+from jfp4.ops.partition import IN_FLOAT32, Part, Reduction, Rule
 from jfp4.qtensor import PackedQTensor, QTensor
 
 _E5M2 = FORMATS["e5m2"].dtype
@@ -59,7 +58,7 @@ def gemm(
     slope: Slope | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.float32,
     promote: bool = False,
-    reduce: Callable[[Part, Array, str], Array] = Part.reduce,
+    reduce: Reduction = IN_FLOAT32,
 ) -> Float[Array, "m n"]:
     """``dequantize(a) @ dequantize(b) + bias``, with the sums over codes exact.
 
@@ -76,11 +75,11 @@ def gemm(
         slope: multiplies the result, in float32 before the cast: a weight's gradient by the
             estimator's slope. GPUs' kernels have it to within ``2**-20`` of its size. Where a mesh
             divides the contraction and leaves the result whole, kernels scale and multiply each
-            part, and float32 rounds it, before ``Part.reduce`` sums them.
+            part, and ``reduce.dtype`` rounds it, before XLA sums them.
         out_dtype: dtype of the result.
         promote: on GPUs, add up every 128 products along k in float32, where tensor cores keep
             fewer bits; without effect where sums are exact anyway.
-        reduce: sums the parts of the product where a mesh divides the contraction.
+        reduce: how the parts of the product are summed where a mesh divides the contraction.
 
     Returns:
         The product, [m, n].
@@ -106,8 +105,8 @@ def gemm(
     bounds = None if slope is None else (slope.k, slope.cap)
     # On a mesh sums are scaled once they are complete: until then they are exact, and rows even, as
     # an exchange in few bits needs them. With a slope that would be another pass over a weight's
-    # gradient, of several arrays; so what is summed in float32 each kernel scales and multiplies.
-    slope_first = slope is not None and bias is None and u is None and reduce is Part.reduce
+    # gradient, of several arrays; so where XLA sums each kernel scales and multiplies its part.
+    slope_first = slope is not None and bias is None and u is None and reduce.by is None
 
     def after(sums: Array, a_scale: Array, b_scale: Array, *added: Any) -> Array:
         """What XLA makes of the sums of codes."""
@@ -129,10 +128,10 @@ def gemm(
         if not part.divides("k"):
             return (product(part, a_part, b_part, *outer, out_dtype=out_dtype),)
         if slope_first and not part.scatter[1]:
-            y = product(part, a_part, b_part, *outer, out_dtype=jnp.float32)
+            y = product(part, a_part, b_part, *outer, out_dtype=reduce.dtype)
             return (reduce(part, y, "k").astype(out_dtype),)
         one = jnp.ones((1, 1), jnp.float32)
-        sums = product(part, a_part, b_part, one, one, out_dtype=jnp.float32)
+        sums = product(part, a_part, b_part, one, one, out_dtype=reduce.dtype)
         return (after(reduce(part, sums, "k"), *outer),)
 
     def product(

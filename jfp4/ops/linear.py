@@ -12,7 +12,6 @@ scales are all that the backward needs (arXiv 2501.17116, section 3 and appendix
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from jfp4.ops import exchange
 from jfp4.ops.calibration import Calibration, calibrate
 from jfp4.ops.gemm import Slope, gemm
 from jfp4.ops.outliers import clamp, quantize_compensated, quantize_compensated_both
-from jfp4.ops.partition import Part, Place, varying_alike
+from jfp4.ops.partition import IN_FLOAT32, Place, Reduction, varying_alike
 from jfp4.ops.prepare import PreparedWeight, quantize_weight, quantize_weight_both, unpacked
 from jfp4.ops.quantize import (
     check_float,
@@ -258,7 +257,7 @@ def _gradient_product(
     b: QTensor | PackedQTensor | Array,
     dtype: Any,
     slope: Slope | None = None,
-    reduce: Callable[[Part, Array, str], Array] = Part.reduce,
+    reduce: Reduction = IN_FLOAT32,
 ) -> Array:
     """The product of codes; or in bfloat16, where the gradient is not quantised."""
     if isinstance(a, QTensor) and isinstance(b, QTensor | PackedQTensor):

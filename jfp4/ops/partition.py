@@ -102,6 +102,26 @@ class Part:
 Sums = tuple[Callable[[Array, Axes, int], Array], Callable[[Array, Axes], Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """How the parts of a sum over devices become that sum, in float32.
+
+    Attributes:
+        dtype: what parts are rounded to first.
+        by: what sums over mesh axes, leaving a part of the sum or all of it; None: XLA.
+    """
+
+    dtype: jax.typing.DTypeLike = jnp.float32
+    by: Sums | None = None
+
+    def __call__(self, part: Part, x: Array, factor: str) -> Array:
+        """The sum of ``x`` over all parts of a factor, as ``Part.reduce`` has it lie."""
+        return part.reduce(x.astype(self.dtype), factor, self.by).astype(jnp.float32)
+
+
+IN_FLOAT32 = Reduction()
+
+
 def _psum_scatter(x: Array, axes: Axes, axis: int) -> Array:
     return lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True)
 

@@ -59,7 +59,7 @@ def test_a_case_stands_beside_one_gpu_of_its_own_model_and_recipe():
     found = [mesh.over_one(result(*cases), each) for each in cases]
     assert found == [None, None, pytest.approx(1.8)]
     assert mesh.over_one(result(cases[2]), cases[2]) is None
-    assert "| 1.80x " in mesh.table(result(*cases))
+    assert "| 1.800x " in mesh.table(result(*cases))
 
 
 def test_the_document_says_so_where_nothing_was_measured():
@@ -71,13 +71,15 @@ def test_the_document_compares_cases_that_differ_in_one_thing():
         case(None, 100.0),
         case(),
         case(tokens_per_s=189.0, grad_comm="fp8"),
+        case(tokens_per_s=180.0, grad_comm="bfloat16"),
         case(tokens_per_s=150.0, overlap=False),
     )
     text = report_meshes.measured([result(*cases) | {"left_out": ["llama7b, fp4"]}])
     assert "2 x NVIDIA X of one host; jax 1; commit abc" in text
-    assert "`data=2`: gradients in FP8 instead of float32 change the speed by +5.0%." in text
+    assert "`data=2`: gradients in fp8 instead of float32 change the speed by +5.0%." in text
+    assert "`data=2`: gradients in fp8 instead of bfloat16 change the speed by +5.0%." in text
     assert "own order, change the speed by +20.0%." in text
-    assert text.count("- llama1b") == 2
+    assert text.count("- llama1b") == 4
     assert text.endswith("Not measured: llama7b, fp4.")
 
 

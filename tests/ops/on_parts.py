@@ -224,7 +224,7 @@ def operations(results, backend):
 
 
 def exchanged(results, backend):
-    """Gradients summed in FP8: how far off, in units of what they may be, and what is sent."""
+    """Gradients summed in each way: how far off, in units of what they may be, and what is sent."""
     mesh, parts, rows, columns = make_mesh((2, 2, 2)), 4, 64, 512
     stack = rng.normal(size=(parts, rows, columns)) * 2.0 ** rng.integers(
         -12, 3, (1, rows, columns)
@@ -256,8 +256,11 @@ def exchanged(results, backend):
         "scattered": (P("fsdp"), scattered + off(np.abs(wide.sum(0)) + scattered)),
     }
     put = jax.device_put(stack, NamedSharding(mesh, P(BATCH)))
-    for case, (spec, bound) in cases.items():
-        for comm in ("float32", "fp8"):
+    # Each of four parts is rounded to bfloat16, and so is each of three sums on the way.
+    in_bfloat16 = 4 * 2.0**-9 * np.abs(wide).sum(0)
+    for case, (spec, in_fp8) in cases.items():
+        for comm in ("float32", "bfloat16", "fp8"):
+            bound = in_bfloat16 if comm == "bfloat16" else in_fp8
             with jax.set_mesh(mesh), jfp4.grad_comm(comm):
                 lowered = jax.jit(total, out_shardings=NamedSharding(mesh, spec)).lower(put)
             sent = [[c.kind, c.bytes, len(c.group)] for c in collectives(partitioned(lowered))]

@@ -101,7 +101,7 @@ def test_a_call_without_a_rule_gathers_its_operands(found, request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["whole", "scattered"])
-def test_gradients_exchanged_in_fp8(found, case):
+def test_gradients_exchanged_in_few_bits(found, case):
     elements, scales = 64 * 512, 4 * 64
     sums = [["all-reduce", 4 * elements, 4]]
     kinds = ["all-to-all", "all-gather"]
@@ -109,6 +109,8 @@ def test_gradients_exchanged_in_fp8(found, case):
         sums = [["reduce-scatter", 4 * elements, 2], ["all-reduce", 4 * elements // 2, 2]]
     sent, off = found[f"{case}, float32"]
     assert sent == sums and off < 2.0**-10
+    sent, off = found[f"{case}, bfloat16"]
+    assert sent == [[kind, size // 2, group] for kind, size, group in sums] and 2.0**-4 < off <= 1
     sent, off = found[f"{case}, fp8"]
     assert 2.0**-10 < off <= 1
     assert {kind for kind, *_ in sent} == set(kinds)
@@ -177,7 +179,9 @@ def test_columns_are_exchanged_alike_whatever_their_scales(found):
 
 
 def test_an_unknown_exchange():
-    with pytest.raises(ValueError, match="grad_comm='bf16'; expected one of float32, fp8"):
+    with pytest.raises(
+        ValueError, match="grad_comm='bf16'; expected one of float32, bfloat16, fp8"
+    ):
         jfp4.grad_comm("bf16")
 
 

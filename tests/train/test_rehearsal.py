@@ -47,9 +47,19 @@ def test_one_that_was_killed_is_told(monkeypatch, status, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("comm", ["float32", "fp8"])
-def test_data_parallel_sends_each_gradient_once(comm):
-    found = rehearse(parse([*FLAGS, "--mesh=data=4", f"--grad_comm={comm}"]))
+@pytest.mark.parametrize(
+    ("flag", "comm"),
+    [
+        ("--grad_comm=float32", "float32"),
+        ("--grad_comm=bfloat16", "bfloat16"),
+        ("--grad_comm=fp8", "fp8"),
+        ("--optimizer.master=float32", "float32"),
+        ("--optimizer.master=bfloat16", "bfloat16"),
+    ],
+)
+def test_data_parallel_sends_each_gradient_once(flag, comm):
+    """As it is told, or as gradients are kept."""
+    found = rehearse(parse([*FLAGS, "--mesh=data=4", flag]))
     assert found.devices == 4
     sent = Counter((c.kind, c.bytes) for c in found.collectives for _ in range(c.times))
     matrices = [
@@ -60,8 +70,9 @@ def test_data_parallel_sends_each_gradient_once(comm):
     ]
     assert len(matrices) == 2 * 4 + 1
     for rows, columns in matrices:
-        if comm == "float32":
-            sent[("all-reduce", 4 * rows * columns)] -= 1
+        if comm != "fp8":
+            width = 4 if comm == "float32" else 2
+            sent[("all-reduce", width * rows * columns)] -= 1
         else:
             for kind in ("all-to-all", "all-gather"):
                 sent[(kind, rows * columns)] -= 1
