@@ -257,7 +257,7 @@ def exchanged(results, backend):
     }
     put = jax.device_put(stack, NamedSharding(mesh, P(BATCH)))
     # Each of four parts is rounded to bfloat16, and so is each of three sums on the way.
-    in_bfloat16 = 4 * 2.0**-9 * np.abs(wide).sum(0)
+    in_bfloat16 = 4 * 2.0**-8 * np.abs(wide).sum(0)
     for case, (spec, in_fp8) in cases.items():
         for comm in ("float32", "bfloat16", "fp8"):
             bound = in_bfloat16 if comm == "bfloat16" else in_fp8
