@@ -72,8 +72,10 @@ __device__ __forceinline__ void Decode(const Words& words, DType type, float (&t
 __device__ __forceinline__ void Decode(const Words& words, Moment type, float (&to)[kEach]) {
   if (type == Moment::kE4M3) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      to[i] = FromByte<Format::kE4M3>(words.word[i / 4] >> 8 * (i % 4) & 0xFF);
+    for (int i = 0; i < kEach; i += 2) {
+      const uint32_t halves = HalvesOf<Format::kE4M3>(words.word[i / 4] >> 8 * (i % 4));
+      to[i] = Word<DType::kF16>::Get(halves, 0);
+      to[i + 1] = Word<DType::kF16>::Get(halves, 1);
     }
   } else {
     Decode(words, type == Moment::kF16 ? DType::kF16 : DType::kF32, to);
@@ -156,19 +158,44 @@ __device__ __forceinline__ void StoreMoment(float v, Moment type, void* to, int6
 
 // --- what both kernels do with a block ---
 
+// Division by what a whole launch divides by: a product and a shift (Granlund and Montgomery,
+// Division by Invariant Integers using Multiplication, 1994, figure 4.1).
+struct Divider {
+  uint32_t divisor, multiplier;
+  int shift;
+
+  explicit Divider(uint32_t by) : divisor(by), multiplier(0), shift(0) {
+    while (uint64_t{1} << shift < by) ++shift;
+    const uint64_t excess = (uint64_t{1} << shift) - by;
+    multiplier = static_cast<uint32_t>((excess << 32) / by + 1);
+  }
+
+  // Of a number under 2^31.
+  __device__ __forceinline__ uint32_t Quotient(uint32_t number) const {
+    return (__umulhi(number, multiplier) + number) >> shift;
+  }
+};
+
+// The blocks of a launch.
+struct Blocks {
+  uint32_t count;
+  Divider of_row, rows;  // blocks of a row, rows of a slice
+};
+
 // Where a block of elements lies, and its bits' keys; every thread of a block has the same.
 struct Place {
   int64_t first;    // element
   uint32_t column;  // of the tensor
   AdamW::Keys row;
 
-  __device__ __forceinline__ Place(const AdamW& args, uint32_t block, uint32_t size) {
-    const uint32_t blocks = static_cast<uint32_t>(args.n) / size;
-    const uint32_t row_of_all = block / blocks, rows = static_cast<uint32_t>(args.rows);
-    const uint32_t slice = row_of_all / rows, row_of_slice = row_of_all - slice * rows;
+  __device__ __forceinline__ Place(const AdamW& args, const Blocks& blocks, uint32_t block,
+                                   uint32_t size) {
+    const uint32_t row_of_all = blocks.of_row.Quotient(block);
+    const uint32_t slice = blocks.rows.Quotient(row_of_all);
+    const uint32_t row_of_slice = row_of_all - slice * blocks.rows.divisor;
     first = int64_t{block} * size;
     const AdamW::Keys keys = args.keys[slice];
-    column = (block - row_of_all * blocks) * size + keys.column;
+    column = (block - row_of_all * blocks.of_row.divisor) * size + keys.column;
     row = {adamw::Mix(row_of_slice + keys.param), adamw::Mix(row_of_slice + keys.first),
            adamw::Mix(row_of_slice + keys.second)};
   }
@@ -176,6 +203,10 @@ struct Place {
 
 // A float16 parameter is kept times 2^10.
 __device__ __forceinline__ float Factor(DType type) { return type == DType::kF16 ? 0x1p10f : 1.0f; }
+
+__device__ __forceinline__ float FromKept(float v, DType type) {
+  return type == DType::kF16 ? __fmul_rn(v, 0x1p-10f) : v;
+}
 
 __device__ __forceinline__ adamw::Grid GridOf(DType type) {
   // A copy: returned as they are, the constants would have to lie in the device's memory.
@@ -254,10 +285,10 @@ struct Unknown {
 
 // Rows of whole blocks: half a warp has one, in registers.
 template <typename Types>
-__global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t blocks) {
+__global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, Blocks blocks) {
   Types::Tell(args);
   const uint32_t block = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
-  if (block >= blocks) return;
+  if (block >= blocks.count) return;
   const uint32_t lane = threadIdx.x % kLanes, half = 0xFFFFu << (threadIdx.x & kLanes);
   const int64_t offset = int64_t{block} * AdamW::kBlock + lane * kEach;
   const bool scaled1 = args.first_type != Moment::kF32, scaled2 = args.second_type != Moment::kF32;
@@ -267,7 +298,7 @@ __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t bl
   const Words second_words = Fetch(args.second, ElementBytes(args.second_type), offset);
   const uint32_t exponent1 = scaled1 ? args.first_exponents[block] : 127;
   const uint32_t exponent2 = scaled2 ? args.second_exponents[block] : 127;
-  const Place place(args, block, AdamW::kBlock);
+  const Place place(args, blocks, block, AdamW::kBlock);
   const AdamW::Rates rates = *args.rates;
   if (rates.finite == 0) return;
 
@@ -279,14 +310,14 @@ __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t bl
   Decode(second_words, args.second_type, second);
   const float scale1 = adamw::ScaleOfExponent(exponent1);
   const float scale2 = adamw::ScaleOfExponent(exponent2);
-  const float unit = 1 / Factor(args.param_type);
 
   uint32_t amax1 = 0, amax2 = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    const Element next = adamw::Advance(
-        args, rates, grad[i],
-        {__fmul_rn(param[i], unit), __fmul_rn(first[i], scale1), __fmul_rn(second[i], scale2)});
+    const Element next =
+        adamw::Advance(args, rates, grad[i],
+                       {FromKept(param[i], args.param_type), __fmul_rn(first[i], scale1),
+                        __fmul_rn(second[i], scale2)});
     param[i] = next.param;
     first[i] = next.first;
     second[i] = next.second;
@@ -318,21 +349,20 @@ __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, uint32_t bl
 }
 
 // Rows of any length: a warp has one, and computes it twice, for the scales and then for the codes.
-__global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, uint32_t rows) {
+__global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, Blocks rows) {
   const AdamW::Rates rates = *args.rates;
   const uint32_t row = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
-  if (rates.finite == 0 || row >= rows) return;
+  if (rates.finite == 0 || row >= rows.count) return;
   const uint32_t lane = threadIdx.x % kWarp, n = static_cast<uint32_t>(args.n);
-  const Place place(args, row, n);
+  const Place place(args, rows, row, n);
   const bool scaled1 = args.first_type != Moment::kF32, scaled2 = args.second_type != Moment::kF32;
   const float scale1 = scaled1 ? adamw::ScaleOfExponent(args.first_exponents[row]) : 1.0f;
   const float scale2 = scaled2 ? adamw::ScaleOfExponent(args.second_exponents[row]) : 1.0f;
-  const float unit = 1 / Factor(args.param_type);
 
   const auto advance = [&](uint32_t i) {
     const int64_t at = place.first + i;
     return adamw::Advance(args, rates, LoadElement(args.grad, args.grad_type, at),
-                          {__fmul_rn(LoadElement(args.param, args.param_type, at), unit),
+                          {FromKept(LoadElement(args.param, args.param_type, at), args.param_type),
                            __fmul_rn(LoadMoment(args.first, args.first_type, at), scale1),
                            __fmul_rn(LoadMoment(args.second, args.second_type, at), scale2)});
   };
@@ -364,7 +394,7 @@ __global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, uint32_t rows
   if (lane == 0 && scaled2) args.second_exponents[row] = static_cast<uint8_t>(exponent2);
 }
 
-using Kernel = void (*)(AdamW, uint32_t);
+using Kernel = void (*)(AdamW, Blocks);
 
 // The kernel of the first types that fit.
 template <typename Types, typename... Rest>
@@ -401,7 +431,10 @@ cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream) {
     kernel = BlocksKernelFor<Narrow<DType::kBF16, false>, Narrow<DType::kBF16, true>,
                              Narrow<DType::kF16, false>, Narrow<DType::kF16, true>, Unknown>(args);
   }
-  return cudaLaunchKernelEx(&config, kernel, args, static_cast<uint32_t>(blocks));
+  const auto narrow = [](int64_t number) { return static_cast<uint32_t>(number); };
+  return cudaLaunchKernelEx(
+      &config, kernel, args,
+      Blocks{narrow(blocks), Divider(narrow(args.n / size)), Divider(narrow(args.rows))});
 }
 
 }  // namespace jfp4

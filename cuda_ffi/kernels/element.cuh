@@ -209,16 +209,22 @@ __device__ __forceinline__ uint32_t ToBytes(float a, float b, float c, float d) 
   return bytes;
 }
 
-// What the lowest byte stands for.
+// What the lowest two bytes stand for, as float16, which has all of their values.
 template <Format kCarrier>
-__device__ __forceinline__ float FromByte(uint32_t bytes) {
+__device__ __forceinline__ uint32_t HalvesOf(uint32_t bytes) {
   uint32_t halves;
   if constexpr (kCarrier == Format::kE5M2) {
     asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
   } else {
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
   }
-  return Word<DType::kF16>::Get(halves, 0);
+  return halves;
+}
+
+// What the lowest byte stands for.
+template <Format kCarrier>
+__device__ __forceinline__ float FromByte(uint32_t bytes) {
+  return Word<DType::kF16>::Get(HalvesOf<kCarrier>(bytes), 0);
 }
 
 // The value on the grid nearest to v, ties to the even code; zeros come out positive. 4-bit formats
