@@ -53,7 +53,7 @@ def main() -> int:
         "meshes": [
             row(mesh, comm, measured["tokens_per_s"])
             for mesh in MESHES
-            for comm in ("float32", "fp8")
+            for comm in ("float32", "bfloat16", "fp8")
         ],
     }
     (RESULTS / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -87,6 +87,10 @@ def test_json_brings_a_configuration_back(model, recipe):
             ["--optimizer.accumulation=512", "--optimizer.master=bfloat16"],
             "optimizer.accumulation=512; expected <= 256 with optimizer.master=bfloat16",
         ),
+        (
+            ["--recipe=bf16", "--grad_comm=fp8"],
+            "grad_comm=fp8; expected float32 or bfloat16 with recipe=bf16, which quantises nothing",
+        ),
         (["--optimizer.accumulation=0"], "optimizer.accumulation=0; expected >= 1"),
         (["--optimizer.max_skipped=0"], "optimizer.max_skipped=0; expected >= 1"),
         (["--checkpoint.every=-1"], "checkpoint.every=-1; expected >= 0"),
@@ -102,6 +106,21 @@ def test_mistakes_say_what_and_how_to_mend_it(capsys, args, message):
     output, errors = capsys.readouterr()
     assert output == "" and errors.startswith("error: ") and errors.count("\n") == 1
     assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "sent"),
+    [
+        ([], "float32"),
+        (["--optimizer.master=bfloat16"], "bfloat16"),
+        (["--optimizer.master=bfloat16", "--recipe=bf16"], "bfloat16"),
+        (["--optimizer.master=float16"], "float32"),
+        (["--optimizer.master=bfloat16", "--grad_comm=float32"], "float32"),
+        (["--grad_comm=fp8"], "fp8"),
+    ],
+)
+def test_gradients_are_sent_as_they_are_kept_or_as_is_said(flags, sent):
+    assert parse(flags).gradients_sent_in == sent
 
 
 def flags_of(config, prefix=""):
