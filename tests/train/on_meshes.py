@@ -111,7 +111,8 @@ def main():
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
         results[f"{text} holds"] = held / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if text == "data=2,fsdp=2,tensor=2":
-            results["fp8"], _ = run(placement, lambda batch: batch, "--grad_comm=fp8")
+            for comm in ("bfloat16", "fp8"):
+                results[comm], _ = run(placement, lambda batch: batch, f"--grad_comm={comm}")
             flag = "--model.no_scan_layers"
             results["written out"], _ = run(placement, lambda batch: batch, flag)
     json.dump(results, sys.stdout)
