@@ -110,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mesh")
     parser.add_argument("--quick", action="store_true", help="a tiny model, on any devices")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=300, help="no case begins after these")
+    parser.add_argument("--seconds", type=float, default=1200, help="no case begins after these")
     parser.add_argument("--models", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--only", default="", help="a pattern of the cases, as they are printed")
     arguments = parser.parse_args()
