@@ -20,13 +20,20 @@ def section(results: list[dict[str, Any]], noise: float) -> str:
     if not groups:
         return ""
     rows = [_row(run, runs[0]) for runs in groups.values() for run in runs]
-    head = ["run", "device", "tokens", "a step", "learning rate", "training loss", "validation",
-            "less the first's", "clipped", "skipped", "tokens/s", "peak GiB"]  # fmt: skip
-    commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
+    head = ["run", "device", "tokens", "a step", "learning rate", "highest loss", "training loss",
+            "validation", "less the first's", "clipped", "skipped", "tokens/s",
+            "peak GiB"]  # fmt: skip
+    commits = ", ".join(dict.fromkeys(run["commit"] for r in results for run in r["runs"]))
     speeds = [run["tokens_per_s"] for runs in groups.values() for run in runs]
     narrow = (
         ", but llama7b's in BF16, rounded stochastically, and in E4M3 and FP16"
         if "llama7b" in groups
+        else ""
+    )
+    lower = (
+        "\nAt that rate, after eight steps of warm-up, llama7b's loss rises before it falls: so it "
+        "has a\nthird of it, too."
+        if "llama7b, lower rate" in groups
         else ""
     )
     shared = "Runs without a speed shared their GPU with others. " if None in speeds else ""
@@ -37,10 +44,11 @@ Runs of one model have the same initial weights and the same batches in the same
 alone**: how far another seed would move them was not measured at these sizes; llama60m's BF16 runs
 above have a standard deviation of {noise:.4f}. The learning rate was not searched: llama130m has
 what was best for llama60m in BF16, and larger models the paper's, 3e-4, with batches far smaller
-than the paper's four million tokens. Weights and moments are in float32{narrow}. Training loss is
-the mean over the last twentieth of the steps; validation is on the whole split **with the recipe's
-own forward**, FP4's in FP4. So few tokens tell how runs begin, not how they end: the paper's have
-100 billion.
+than the paper's four million tokens.{lower}
+Weights and moments are in float32{narrow}.
+Training loss is the mean over the last twentieth of the steps, the highest a mean over few;
+validation is on the whole split **with the recipe's own forward**, FP4's in FP4. So few tokens tell
+how runs begin, not how they end: the paper's have 100 billion.
 {shared}jax {jax}; commit {commits}.
 
 {markdown(head, rows)}
@@ -71,6 +79,7 @@ def _row(run: dict[str, Any], reference: dict[str, Any]) -> list[str]:
         f"{run['tokens'] / 1e6:.1f} million",
         " x ".join(f"{n:,}" for n in run["batch_size, seq_len"]),
         f"{run['lr']:g}",
+        f"{max(run['curve']):.1f}",
         f"{run['train_loss']:.4f}",
         f"{run['valid_loss']:.4f}",
         "—" if run is reference else f"{gap:+.4f} ({gap / reference['valid_loss']:+.2%})",

@@ -16,12 +16,12 @@ def result(variant, recipe, dtype, losses, **changes):
         "batch_size, seq_len": [8, 2048], "tokens": 2_000_000, "skipped": 0, "clipped": 0.25,
         "curve": [9.0, 8.0, 7.0, 6.0], "train_loss": losses[-1] + 0.5, "valid_loss": losses[-1],
         "validations": [[1_000_000, losses[0]], [2_000_000, losses[1]]], "tokens_per_s": 100.0,
-        "peak_bytes": 2**30, "loss_scale": None, **changes,
+        "peak_bytes": 2**30, "loss_scale": None, "commit": "abc", **changes,
     }  # fmt: skip
 
 
 def results(*runs):
-    return [{"commit": "abc", "runs": list(runs)}]
+    return [{"runs": list(runs)}]
 
 
 BF16 = result("bf16", "bf16", "bfloat16", [7.0, 5.0])
@@ -47,6 +47,10 @@ def test_the_document_says_gaps_speed_and_skipped_steps(tmp_path):
     assert "ends -1.0000 from bfloat16" in text
     assert "from 65,536 to 2,048, at the lowest 1,024, and 3 of 4 steps were skipped" in text
     assert "5.2500 | +0.2500 (+5.00%)" in " ".join(text.split())
+    assert "third of it" not in text
+    lower = result("fp4", "fp4", "bfloat16", [6.0, 5.0], group="llama7b, lower rate", commit="def")
+    text = report_first_tokens.section(results(BF16, lower), 0.01)
+    assert "third of it, too" in text and "commit abc, def" in text
     report_first_tokens.draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -77,14 +81,18 @@ def test_a_finished_run_is_summed_up_and_not_trained_again(tmp_path, monkeypatch
     flags = [f"--runs={tmp_path / 'runs'}", f"--out={tmp_path}", "--only=llama1b", "--data=x",
              "--flags=--model.num_layers=2"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["first_tokens", *flags])
+    path = tmp_path / "first_tokens-nvidia-x.json"
+    other = {"group": "llama7b", "variant": "fp4", "commit": "def"}
+    path.write_text(json.dumps({"runs": [other]}))
     assert first_tokens.main() == 0
     assert first_tokens.main() == 0
     assert trained == [("llama1b-bf16", 0), ("llama1b-fp4", 0)]
-    found = json.loads((tmp_path / "first_tokens-nvidia-x.json").read_text())
-    assert [run["variant"] for run in found["runs"]] == ["bf16", "fp4"]
-    assert found["runs"][0]["validations"] == [[123 * 16384, 4.0], [611 * 16384, 4.0]]
-    assert len(found["runs"][0]["curve"]) == loss_study.CURVE_POINTS
-    assert found["runs"][0]["clipped"] == 1.0
+    kept, *runs = json.loads(path.read_text())["runs"]
+    assert kept == other
+    assert [(run["variant"], run["commit"]) for run in runs] == [("bf16", "abc"), ("fp4", "abc")]
+    assert runs[0]["validations"] == [[123 * 16384, 4.0], [611 * 16384, 4.0]]
+    assert len(runs[0]["curve"]) == loss_study.CURVE_POINTS
+    assert runs[0]["clipped"] == 1.0
     assert "validation 4.0000" in capsys.readouterr().out
 
 
