@@ -7,7 +7,7 @@
 //
 // What bounds the rate, beside power, is what L2 delivers: so tiles are wide, the clusters at work
 // read few columns of b and the same rows of a at about the same time, and each takes its next tile
-// when it has room for one, since those that are nearer to L2 are faster.
+// when it is about to begin it, since those that are nearer to L2 are faster.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -28,6 +28,11 @@ constexpr int kThreads = kWarpgroup * (kConsumers + 1);
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 64 * 1024);
+
+// Steps along k before the end of a tile when those who load ask for the next: late, for the longer
+// before it begins a tile is given away, the less is known of who has time for it; but not so late
+// that they would have to wait.
+constexpr int kAskAhead = 8;
 
 constexpr int kAlignment = 1024;  // of a 128-byte-swizzled tile
 
@@ -55,6 +60,7 @@ struct Shared {
   uint32_t next[kConsumers];
   uint64_t next_full[kConsumers];
   uint64_t next_empty[kConsumers];  // of the first block's, for both
+  uint64_t asked;                   // for the next tile; of the first block's, for both
 };
 template <int kBlockN>
 constexpr int kSharedBytes = sizeof(Shared<kBlockN>) + kAlignment;
@@ -208,11 +214,22 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       BarrierInit(&shared.turn[w], kWarps);
       BarrierInit(&shared.next_full[w], 1);
       BarrierExpect(&shared.next_full[w], sizeof(uint32_t));
-      // Those warps, and the one that loads.
-      BarrierInit(&shared.next_empty[w], kCluster * (kSharers * kWarps + 1));
+      BarrierInit(&shared.next_empty[w], kCluster * kSharers * kWarps);
     }
+    BarrierInit(&shared.asked, kCluster);
     FenceBarrierInit();
   }
+  // Who hands out tiles. The first one, too, is from the counter: beside a collective some clusters
+  // begin when others end, and should find nothing left to do. Where there is a tile for each,
+  // nothing is counted.
+  const bool hands_out = ClusterRank() == 0 && threadIdx.x == kConsumers * kWarpgroup + kWarp;
+  const bool counted = schedule.total != clusters;
+  const auto take = [&] {
+    // Every cluster takes one past the end.
+    return static_cast<int>(TakeNumber(p.counter, schedule.total + clusters - 1));
+  };
+  const int first_index = hands_out && counted ? take() : cluster;
+  __syncwarp();
   ClusterSync();
 
   // The index of this cluster's tile number `turn`, once it is known; past the last one's it ends.
@@ -221,10 +238,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     const int slot = turn % kConsumers;
     BarrierWait(&shared.next_full[slot], turn / kConsumers & 1);
     const int index = LoadShared(&shared.next[slot]);
-    // All lanes have read. An arrival does not wait for a load before it, so giving the place up is
-    // made to depend on what was read, which is never negative.
-    __syncwarp();
-    if (lane == 0 && index >= 0) BarrierArriveRemote(&shared.next_empty[slot], 0);
+    __syncwarp();  // all lanes have read
     return index;
   };
 
@@ -237,11 +251,14 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         const int index = next_tile(turn);
         if (index >= schedule.total) break;
         if (lane == 0) {
+          // For the turn after the next, for which it asks in the next.
           BarrierExpect(&shared.next_full[turn % kConsumers], sizeof(uint32_t));
+          const int ask = max(0, k_blocks - kAskAhead);
           const Tile tile = schedule[index];
           const int part = ClusterRank() * (tile.cols / kCluster);
           const CUtensorMap* map = tile.cols == kBlockN ? &b_map : &narrow_map;
           for (int kb = 0; kb < k_blocks; ++kb, ++ring) {
+            if (kb == ask) BarrierArriveRemote(&shared.asked, 0);
             Stage<kBlockN>& stage = shared.stages[ring.stage];
             uint64_t* full = &shared.full[ring.stage];
             BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
@@ -253,23 +270,20 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         }
         __syncwarp();
       }
-    } else if (warp == 1 && ClusterRank() == 0 && lane == 0) {
+    } else if (hands_out) {
       // Hands out tiles to both blocks, in the order of the schedule; at the end one index past it
       // for each of those who take turns.
-      int index = cluster;
+      int index = first_index;
       for (int turn = 0, ends = 0; ends < kTurns; ++turn) {
+        if (turn > 0 && index < schedule.total) {
+          BarrierWait(&shared.asked, (turn & 1) ^ 1);
+          index = counted ? take() : schedule.total;
+        }
+        if (index >= schedule.total) ++ends;
         const int slot = turn % kConsumers;
         BarrierWait(&shared.next_empty[slot], (turn / kConsumers & 1) ^ 1);
         for (int rank = 0; rank < kCluster; ++rank) {
           StoreRemote(&shared.next[slot], index, &shared.next_full[slot], rank);
-        }
-        if (index >= schedule.total) {
-          ++ends;
-        } else if (schedule.total == clusters) {
-          index = schedule.total;
-        } else {
-          // The tiles after the first ones, and past the end one for each cluster.
-          index = clusters + static_cast<int>(TakeNumber(p.counter, schedule.total - 1));
         }
       }
     }
@@ -280,6 +294,9 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     progress.ring.Advance(first * k_blocks);
     for (int turn = first;; turn += kTurns) {
       const int index = next_tile(turn);
+      // An arrival does not wait for a load before it, so giving the place up is made to depend on
+      // what was read, which is never negative. Whoever loads has used its tile when it asks.
+      if (lane == 0 && index >= 0) BarrierArriveRemote(&shared.next_empty[turn % kConsumers], 0);
       if (index >= schedule.total) break;
       const Tile tile = schedule[index];
       Sums<kBlockN> sums[kHalves];
