@@ -68,11 +68,16 @@ RUNS = (
     # three steps of ten million.
     Run("llama1b", "bf16", (*LARGE, "--recipe=bf16"), 10_000_000, 3e-4),
     Run("llama1b", "fp4", (*LARGE, "--recipe=fp4"), 10_000_000, 3e-4),
-    # A fourth of those, for a step takes five times as long. So few steps have eight of warm-up, in
-    # which the paper's learning rate makes the loss rise first: so a third of it, too.
+    # A fourth of those, for a step takes five times as long. A twentieth of so few steps is a
+    # warm-up of eight, in which the loss rises, at a third of the rate as well: so a longer one,
+    # too.
     *(
-        Run(group, recipe, (*LARGEST, f"--recipe={recipe}"), 2_500_000, lr)
-        for group, lr in (("llama7b", 3e-4), ("llama7b, lower rate", 1e-4))
+        Run(group, recipe, (*LARGEST, f"--recipe={recipe}", *flags), 2_500_000, lr)
+        for group, lr, flags in (
+            ("llama7b", 3e-4, ()),
+            ("llama7b, lower rate", 1e-4, ()),
+            ("llama7b, longer warm-up", 1e-4, ("--optimizer.warmup=0.2",)),
+        )
         for recipe in ("bf16", "fp4")
     ),
     # The best that llama60m was found to have (docs/results.md).
@@ -197,6 +202,7 @@ def summary(run_dir: Path, run: Run) -> dict[str, Any]:
         "recipe": config["recipe"],
         "dtype": config["llama"]["dtype"],
         "steps": config["steps"],
+        "warmup_share": config["optimizer"]["warmup"],
         "batch_size, seq_len": [config["batch_size"], config["seq_len"]],
         "validations": [
             [line["tokens"], line["valid_loss"]] for line in lines if "valid_loss" in line

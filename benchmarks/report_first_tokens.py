@@ -20,8 +20,8 @@ def section(results: list[dict[str, Any]], noise: float) -> str:
     if not groups:
         return ""
     rows = [_row(run, runs[0]) for runs in groups.values() for run in runs]
-    head = ["run", "device", "tokens", "a step", "learning rate", "highest loss", "training loss",
-            "validation", "less the first's", "clipped", "skipped", "tokens/s",
+    head = ["run", "device", "tokens", "a step", "learning rate", "warm-up", "highest loss",
+            "training loss", "validation", "less the first's", "clipped", "skipped", "tokens/s",
             "peak GiB"]  # fmt: skip
     commits = ", ".join(dict.fromkeys(run["commit"] for r in results for run in r["runs"]))
     speeds = [run["tokens_per_s"] for runs in groups.values() for run in runs]
@@ -31,8 +31,8 @@ def section(results: list[dict[str, Any]], noise: float) -> str:
         else ""
     )
     lower = (
-        "\nAt that rate, after eight steps of warm-up, llama7b's loss rises before it falls: so it "
-        "has a\nthird of it, too."
+        "\nAt that rate, and few steps of warm-up, llama7b's loss rises before it falls: so it has "
+        "a third\nof it and a longer warm-up, too."
         if "llama7b, lower rate" in groups
         else ""
     )
@@ -79,6 +79,7 @@ def _row(run: dict[str, Any], reference: dict[str, Any]) -> list[str]:
         f"{run['tokens'] / 1e6:.1f} million",
         " x ".join(f"{n:,}" for n in run["batch_size, seq_len"]),
         f"{run['lr']:g}",
+        f"{run['steps'] * run['warmup_share']:.0f} of {run['steps']}",
         f"{max(run['curve']):.1f}",
         f"{run['train_loss']:.4f}",
         f"{run['valid_loss']:.4f}",

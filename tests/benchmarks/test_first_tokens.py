@@ -12,7 +12,8 @@ from train.errors import UserError
 def result(variant, recipe, dtype, losses, **changes):
     return {
         "variant": variant, "group": "llama1b", "model": "llama1b", "recipe": recipe,
-        "dtype": dtype, "device": "NVIDIA X", "versions": {"jax": "1"}, "lr": 3e-4, "steps": 4,
+        "dtype": dtype, "device": "NVIDIA X", "versions": {"jax": "1"}, "lr": 3e-4, "steps": 40,
+        "warmup_share": 0.05,
         "batch_size, seq_len": [8, 2048], "tokens": 2_000_000, "skipped": 0, "clipped": 0.25,
         "curve": [9.0, 8.0, 7.0, 6.0], "train_loss": losses[-1] + 0.5, "valid_loss": losses[-1],
         "validations": [[1_000_000, losses[0]], [2_000_000, losses[1]]], "tokens_per_s": 100.0,
@@ -45,12 +46,13 @@ def test_the_document_says_gaps_speed_and_skipped_steps(tmp_path):
     assert "less that in bf16 is -0.5000 at 1.0, +0.2500 at 2.0 million tokens" in text
     assert "loss ends +0.2500 apart. fp4 has 1.50 times the tokens a second" in text
     assert "ends -1.0000 from bfloat16" in text
-    assert "from 65,536 to 2,048, at the lowest 1,024, and 3 of 4 steps were skipped" in text
+    assert "from 65,536 to 2,048, at the lowest 1,024, and 3 of 40 steps were skipped" in text
+    assert "2 of 40 |" in text
     assert "5.2500 | +0.2500 (+5.00%)" in " ".join(text.split())
     assert "third of it" not in text
     lower = result("fp4", "fp4", "bfloat16", [6.0, 5.0], group="llama7b, lower rate", commit="def")
     text = report_first_tokens.section(results(BF16, lower), 0.01)
-    assert "third of it, too" in text and "commit abc, def" in text
+    assert "of it and a longer warm-up, too" in text and "commit abc, def" in text
     report_first_tokens.draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -63,7 +65,8 @@ def test_a_finished_run_is_summed_up_and_not_trained_again(tmp_path, monkeypatch
         assert "--steps=611" in flags and "--model.num_layers=2" in flags
         config = {
             "model": "llama1b", "recipe": name.rpartition("-")[2], "steps": 611, "batch_size": 8,
-            "seq_len": 2048, "llama": {"dtype": "bfloat16"}, "optimizer": {"clip_norm": 1.0},
+            "seq_len": 2048, "llama": {"dtype": "bfloat16"},
+            "optimizer": {"clip_norm": 1.0, "warmup": 0.05},
         }  # fmt: skip
         about = {"config": config, "device": "NVIDIA X", "versions": {}, "planned_bytes": 1}
         run_dir.mkdir(parents=True)
