@@ -219,17 +219,10 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     BarrierInit(&shared.asked, kCluster);
     FenceBarrierInit();
   }
-  // Who hands out tiles. The first one, too, is from the counter: beside a collective some clusters
-  // begin when others end, and should find nothing left to do. Where there is a tile for each,
-  // nothing is counted.
-  const bool hands_out = ClusterRank() == 0 && threadIdx.x == kConsumers * kWarpgroup + kWarp;
-  const bool counted = schedule.total != clusters;
-  const auto take = [&] {
-    // Every cluster takes one past the end.
-    return static_cast<int>(TakeNumber(p.counter, schedule.total + clusters - 1));
-  };
-  const int first_index = hands_out && counted ? take() : cluster;
-  __syncwarp();
+  if (threadIdx.x == kConsumers * kWarpgroup) {
+    PrefetchTensorMap(&a_map);
+    PrefetchTensorMap(&b_map);
+  }
   ClusterSync();
 
   // The index of this cluster's tile number `turn`, once it is known; past the last one's it ends.
@@ -270,14 +263,17 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         }
         __syncwarp();
       }
-    } else if (hands_out) {
+    } else if (warp == 1 && ClusterRank() == 0 && lane == 0) {
       // Hands out tiles to both blocks, in the order of the schedule; at the end one index past it
       // for each of those who take turns.
-      int index = first_index;
+      int index = cluster;
       for (int turn = 0, ends = 0; ends < kTurns; ++turn) {
         if (turn > 0 && index < schedule.total) {
           BarrierWait(&shared.asked, (turn & 1) ^ 1);
-          index = counted ? take() : schedule.total;
+          // The tiles after the first ones, and past the end one for each cluster.
+          index = schedule.total == clusters
+                      ? schedule.total
+                      : clusters + static_cast<int>(TakeNumber(p.counter, schedule.total - 1));
         }
         if (index >= schedule.total) ++ends;
         const int slot = turn % kConsumers;
