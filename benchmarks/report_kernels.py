@@ -129,10 +129,13 @@ def few_rows(r: dict[str, Any]) -> str:
         for line in r["packed"]
     ]
     means = " and ".join(f"{_times(r['geomean'])} {n}" for n, r in over.items() if r["geomean"])
+    # Where byte codes alone were measured anew.
+    origin = r.get("packed provenance", r["provenance"])
     return f"""### Packed products
 
 Microseconds a product; weights are taken from memory, not from the cache. In the geometric mean
 {means}.
+{source({"provenance": origin})}
 
 {markdown(["m x k x n", *names, *over], rows)}"""
 

@@ -87,14 +87,13 @@ struct Fixed {
   uint64_t empty[kMaxStages];
 };
 
-// Of a stage: a's codes, a segment after the other; b's nibbles, all in swizzled rows. a's nibbles
-// come to where the last of its codes will be.
+// Of a stage: a's codes, a segment after the other; a's nibbles; b's nibbles, all in swizzled rows.
 template <int kTokens>
-constexpr int kTokenBytes = kSegments * kTokens * kSwizzleRow;
+constexpr int kTokenCodes = kSegments * kTokens * kSwizzleRow;
 template <int kTokens>
 constexpr int kTokenNibbles = kTokens * kStageRowBytes;
 template <int kTokens>
-constexpr int kNibblesAt = kTokenBytes<kTokens> - kTokenNibbles<kTokens>;
+constexpr int kTokenBytes = kTokenCodes<kTokens> + kTokenNibbles<kTokens>;
 
 template <int kTokens>
 constexpr int kRingBytes = (kSharedLimit - kAlignment - static_cast<int>(sizeof(Fixed<kTokens>))) /
@@ -178,7 +177,7 @@ __device__ __forceinline__ void CopyStep(const Params& p, const CUtensorMap& a_m
   TensorLoad(stage + kTokenBytes<kTokens>, &b_map, &fixed.b_full[slot], column, work.first_row,
              work.batch);
   BarrierExpect(&fixed.a_full[slot], kTokenNibbles<kTokens>);
-  TensorLoad(stage + kNibblesAt<kTokens>, &a_map, &fixed.a_full[slot], column, work.first_token,
+  TensorLoad(stage + kTokenCodes<kTokens>, &a_map, &fixed.a_full[slot], column, work.first_token,
              work.batch);
 }
 
@@ -238,7 +237,7 @@ __device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap&
   // Exclusive or with a multiple of 16 moves along the swizzled row.
   const uint32_t place = SharedAddress(shared.ring) + (octet * kSwizzleRows + row) * kSwizzleRow;
   const uint32_t from =
-      place + kNibblesAt<kTokens> + (row ^ (segment * kSegmentChunks + chunk)) * kChunk;
+      place + kTokenCodes<kTokens> + (row ^ (segment * kSegmentChunks + chunk)) * kChunk;
   const uint32_t to = place + segment * kTokens * kSwizzleRow + (row ^ 2 * chunk) * kChunk;
   constexpr int kPitch = kWarpOctets * kSwizzleRows * kSwizzleRow;
   // A stage is filled anew so many steps after a was unpacked in it: then whoever multiplies is
@@ -249,14 +248,10 @@ __device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap&
   for (int step = 0; step < work.steps; ++step) {
     BarrierWait(&fixed.a_full[slot], parity);
     const int stage = slot * p.stage_bytes;
-    uint4 nibbles[kLoads];
     if (octet < kOctets) {
+      uint4 nibbles[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) nibbles[i] = LoadShared(from + stage + i * kPitch);
-    }
-    // All nibbles are in registers before codes take their place.
-    NamedBarrier(2, kTokenWarps * kWarp);
-    if (octet < kOctets) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const uint4 v = nibbles[i];
