@@ -31,8 +31,8 @@ def section(results: list[dict[str, Any]], noise: float) -> str:
         else ""
     )
     lower = (
-        "\nAt that rate, and few steps of warm-up, llama7b's loss rises before it falls: so it has "
-        "a third\nof it and a longer warm-up, too."
+        "\nllama7b has a third of that rate, and a longer warm-up, too: the highest loss says how "
+        "far it rose\nbefore it fell."
         if "llama7b, lower rate" in groups
         else ""
     )

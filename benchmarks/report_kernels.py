@@ -58,11 +58,11 @@ def readme(results: Results, steps: dict[str, Any] | None) -> str:
         device = r["provenance"]["device"]
         ratio = {name: value["geomean"] for name, value in r["ratios"].items()}
         rows += [
-            [device, "product of codes with scales, over BF16", _times(ratio["jfp4 over BF16"])],
+            [device, "product of codes with scales, over BF16", _mean(ratio["jfp4 over BF16"])],
             [
                 device,
                 "the same, over the best FP8 product",
-                _times(ratio["jfp4 over the best FP8"]),
+                _mean(ratio["jfp4 over the best FP8"]),
             ],
             [device, "packed product, few rows, over FP8", _times(ratio["packed over FP8"])],
         ]
@@ -105,9 +105,9 @@ sides and those with row-wise scales compute the whole result.
 
 {_rates(r["codes"], _ratio_columns(ratios))}
 
-In the geometric mean the product is {_times(ratios["jfp4 over the best FP8"]["geomean"])} the best
-of the other FP8 products and {_times(ratios["jfp4 over BF16"]["geomean"])} BF16; promoted,
-{_times(ratios["jfp4, promoted over BF16"]["geomean"])} BF16."""
+In the geometric mean the product is {_mean(ratios["jfp4 over the best FP8"]["geomean"])} the best
+of the other FP8 products and {_mean(ratios["jfp4 over BF16"]["geomean"])} BF16; promoted,
+{_mean(ratios["jfp4, promoted over BF16"]["geomean"])} BF16."""
     if r["gradients"]:
         text += f"\n\nE5M2 codes of a gradient times E2M1 codes:\n\n{_rates(r['gradients'], {})}"
     return text
@@ -321,3 +321,8 @@ def _number(value: float | None, digits: int) -> str:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
+
+
+def _mean(value: float | None) -> str:
+    # So close to 1 that two digits would not tell on which side.
+    return "" if value is None else f"{value:.3f}x"
