@@ -220,14 +220,13 @@ class AdamW:
 
     def _rates(
         self, count: Array, scheduled: Array, scale: Array, norm: Array, finite: Array
-    ) -> Float32[Array, "6"]:
+    ) -> Float32[Array, "5"]:
         """What the kernel multiplies by; the order is that of cuda_ffi/kernels/adamw.h."""
         t = optax.safe_increment(count)
         most = self.clip_norm
         clip = 1.0 if most is None else jnp.where(norm < most, 1, most / norm)
         rates = (
-            scale,
-            clip,
+            scale * clip,
             self._schedule()(scheduled),
             1 / (1 - self.b1**t),
             1 / jnp.sqrt(1 - self.b2**t),

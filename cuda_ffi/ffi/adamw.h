@@ -121,11 +121,11 @@ inline ffi::ErrorOr<AdamWParts> AdamWCall::Read(
                            &args.first_type, &args.first_exponents);
   args.second = take_moment("second", second, second_exponents, *new_second, *new_second_exponents,
                             &args.second_type, &args.second_exponents);
-  static_assert(sizeof(AdamW::Rates) == 6 * sizeof(float));
+  static_assert(sizeof(AdamW::Rates) == 5 * sizeof(float));
   static_assert(sizeof(AdamW::Keys) == 4 * sizeof(uint32_t));
   args.rates = static_cast<const AdamW::Rates*>(rates.untyped_data());
-  if (rates.element_type() != ffi::F32 || rates.element_count() != 6) {
-    check.Refuse("rates is " + Describe(rates) + "; expected f32[6]");
+  if (rates.element_type() != ffi::F32 || rates.element_count() != 5) {
+    check.Refuse("rates is " + Describe(rates) + "; expected f32[5]");
   }
   args.keys = static_cast<const AdamW::Keys*>(keys.untyped_data());
   if (keys.element_type() != ffi::U32 || keys.dimensions()[1] != 4) {

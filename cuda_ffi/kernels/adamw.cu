@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
 #include <limits>
 
 #include "cuda_ffi/kernels/adamw.h"
@@ -14,6 +15,7 @@ namespace {
 using adamw::Element;
 
 constexpr int kThreads = 256, kWarp = 32;
+constexpr int kBlocksAtOnce = 5;               // that registers are to leave room for
 constexpr int kEach = 8;                       // consecutive elements of a thread
 constexpr int kLanes = AdamW::kBlock / kEach;  // threads of a block of elements
 static_assert(kLanes == 16, "half a warp has a block, and shuffles within it");
@@ -30,19 +32,22 @@ struct Words {
 };
 
 // What is fetched is decoded later: all of a thread's fetches are to be under way together, and a
-// branch by type that also decoded would wait for each.
+// branch by type that also decoded would wait for each. Volatile, or the compiler would put off
+// those of what is needed last.
 __device__ __forceinline__ Words Fetch(const void* from, int element_bytes, int64_t offset) {
   const auto* at = static_cast<const char*>(from) + offset * element_bytes;
   Words words;
   if (element_bytes == 1) {
-    const uint2 v = *reinterpret_cast<const uint2*>(at);
-    words.word[0] = v.x, words.word[1] = v.y;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words.word[0]), "=r"(words.word[1])
+                 : "l"(at));
     return words;
   }
   const auto quarter = [&](int i) {
-    const uint4 v = *reinterpret_cast<const uint4*>(at + 4 * i);
-    words.word[i] = v.x, words.word[i + 1] = v.y;
-    words.word[i + 2] = v.z, words.word[i + 3] = v.w;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.word[i]), "=r"(words.word[i + 1]), "=r"(words.word[i + 2]),
+                   "=r"(words.word[i + 3])
+                 : "l"(at + 4 * i));
   };
   quarter(0);
   if (element_bytes == 4) quarter(4);
@@ -97,9 +102,12 @@ __device__ __forceinline__ void StoreWords(void* to, int64_t offset_bytes,
   }
 }
 
-__device__ __forceinline__ uint16_t HalfBits(float v, DType type) {
-  return type == DType::kBF16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v))
-                              : __half_as_ushort(__float2half_rn(v));
+// Two in two bytes each. Of bfloat16, which only parameters are in, the lower bits are cut off:
+// they have been rounded.
+__device__ __forceinline__ uint32_t PairBits(float a, float b, DType type) {
+  if (type == DType::kBF16) return __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
+  return __half_as_ushort(__float2half_rn(a)) | uint32_t{__half_as_ushort(__float2half_rn(b))}
+                                                    << 16;
 }
 
 __device__ __forceinline__ void Store(const float (&from)[kEach], DType type, void* to,
@@ -113,7 +121,7 @@ __device__ __forceinline__ void Store(const float (&from)[kEach], DType type, vo
     uint32_t words[kEach / 2];
 #pragma unroll
     for (int i = 0; i < kEach; i += 2) {
-      words[i / 2] = HalfBits(from[i], type) | uint32_t{HalfBits(from[i + 1], type)} << 16;
+      words[i / 2] = PairBits(from[i], from[i + 1], type);
     }
     StoreWords(to, 2 * offset, words);
   }
@@ -144,7 +152,7 @@ __device__ __forceinline__ void StoreElement(float v, DType type, void* to, int6
   if (type == DType::kF32) {
     static_cast<float*>(to)[index] = v;
   } else {
-    static_cast<uint16_t*>(to)[index] = HalfBits(v, type);
+    static_cast<uint16_t*>(to)[index] = PairBits(v, 0, type) & 0xFFFF;
   }
 }
 
@@ -220,31 +228,6 @@ __device__ __forceinline__ float RoundParam(float v, DType type, uint32_t row, u
                                     adamw::Mix(row ^ column));
 }
 
-// Eight neighbours of a row. Each of them may be tiny, or no number, but hardly ever is one, so
-// that the choice is made once for all.
-__device__ __forceinline__ void RoundParams(float (&v)[kEach], DType type, uint32_t row,
-                                            uint32_t column) {
-  if (type == DType::kF32) return;
-  const adamw::Grid grid = GridOf(type);
-  bool usual = true;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    v[i] = __fmul_rn(v[i], Factor(type));
-    usual &= adamw::IsNormal(v[i], grid);
-  }
-  if (usual) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      v[i] = adamw::RoundNormal(v[i], grid, adamw::Mix(row ^ (column + i)));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      v[i] = adamw::RoundStochastically(v[i], grid, adamw::Mix(row ^ (column + i)));
-    }
-  }
-}
-
 __device__ __forceinline__ float RoundMoment(float v, Moment type, bool stochastic, uint32_t row,
                                              uint32_t column) {
   if (!stochastic || type == Moment::kF32) return v;  // stored to nearest
@@ -252,11 +235,78 @@ __device__ __forceinline__ float RoundMoment(float v, Moment type, bool stochast
   return adamw::RoundStochastically(v, grid, adamw::Mix(row ^ column));
 }
 
+// Over so many neighbouring lanes; all of the warp's take part.
 template <int kWidth>
-__device__ __forceinline__ uint32_t LargestOf(uint32_t value, uint32_t mask) {
+__device__ __forceinline__ uint32_t LargestOf(uint32_t value) {
 #pragma unroll
-  for (int i = kWidth / 2; i > 0; i /= 2) value = max(value, __shfl_xor_sync(mask, value, i));
+  for (int i = kWidth / 2; i > 0; i /= 2) value = max(value, __shfl_xor_sync(~0u, value, i));
   return value;
+}
+
+// The scales' exponents of a block, from the largest magnitudes that its lanes have: a scale is a
+// matter of their binades, and both fit into a word.
+struct Exponents {
+  uint32_t first, second;
+
+  __device__ __forceinline__ Exponents(const AdamW& args, uint32_t amax1, uint32_t amax2) {
+    uint32_t binades = amax1 >> adamw::kMantissaBits | amax2 >> adamw::kMantissaBits << 16;
+#pragma unroll
+    for (int i = kLanes / 2; i > 0; i /= 2) {
+      binades = __vmaxu2(binades, __shfl_xor_sync(~0u, binades, i));
+    }
+    first = adamw::ScaleExponent(binades << adamw::kMantissaBits, args.first_type);
+    second = adamw::ScaleExponent(binades >> 16 << adamw::kMantissaBits, args.second_type);
+  }
+};
+
+// --- roots and quotients of numbers that need no care ---
+
+// The largest and the least magnitudes of a thread's moments, as bits, which sort as they do, with
+// NaN above all.
+struct Range {
+  uint32_t most_first = 0, most_second = 0;
+  uint32_t least_second = ~0u;
+  uint32_t least_first = ~0u;  // of those that are not zero: twice the bits less one
+
+  __device__ __forceinline__ Range(const float (&first)[kEach], const float (&second)[kEach]) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      most_first = max(most_first, MagnitudeBits(first[i]));
+      least_first = min(least_first, 2 * __float_as_uint(first[i]) - 1);
+      // A second moment is never negative.
+      most_second = max(most_second, __float_as_uint(second[i]));
+      least_second = min(least_second, __float_as_uint(second[i]));
+    }
+  }
+
+  // Whether on the way to roots and quotients, in the sequences below, nothing overflows or is
+  // subnormal.
+  __device__ __forceinline__ bool IsUsual(const AdamW& args, const AdamW::Rates& rates) const {
+    const auto within = [](float v, float lo, float hi) { return (v >= lo) & (v <= hi); };
+    return (least_first >= 2 * __float_as_uint(0x1p-80f) - 1) &
+           (most_first <= __float_as_uint(0x1p40f)) & (least_second >= __float_as_uint(0x1p-90f)) &
+           (most_second <= __float_as_uint(0x1p20f)) & within(rates.first_correction, 1, 0x1p8f) &
+           within(rates.second_correction, 1, 0x1p8f) & within(args.eps, 0, 0x1p10f);
+  }
+};
+
+// The correctly rounded root, and below the quotient, by the compiler's own sequences for them
+// (Markstein, IBM J. Res. Dev. 34, 1990), which it guards by a branch an operation.
+__device__ __forceinline__ float UsualRoot(float x) {
+  float reciprocal;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  const float root = __fmul_rn(x, reciprocal), half = __fmul_rn(reciprocal, 0.5f);
+  return __fmaf_rn(__fmaf_rn(-root, root, x), half, root);
+}
+
+__device__ __forceinline__ float UsualQuotient(float a, float b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  inverse = __fmaf_rn(__fmaf_rn(-b, inverse, 1), inverse, inverse);
+  float quotient = __fmul_rn(a, inverse);
+  quotient = __fmaf_rn(__fmaf_rn(-b, quotient, a), inverse, quotient);
+  quotient = __fmaf_rn(__fmaf_rn(-b, quotient, a), inverse, quotient);
+  return copysignf(quotient, a);  // a zero has lost it
 }
 
 // What arrays are made of, where the compiler is to know it: to choose among ways to decode, round
@@ -283,13 +333,13 @@ struct Unknown {
 
 // --- kernels ---
 
-// Rows of whole blocks: half a warp has one, in registers.
-template <typename Types>
-__global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, Blocks blocks) {
+// Half a warp's block, in registers. Unless told to be careful it takes all numbers for usual ones,
+// without a branch, and changes nothing and says so if one of the warp's is not.
+template <typename Types, bool kCareful>
+__device__ __forceinline__ bool UpdateBlock(AdamW args, const Blocks& blocks, uint32_t block,
+                                            bool inside) {
   Types::Tell(args);
-  const uint32_t block = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
-  if (block >= blocks.count) return;
-  const uint32_t lane = threadIdx.x % kLanes, half = 0xFFFFu << (threadIdx.x & kLanes);
+  const uint32_t lane = threadIdx.x % kLanes;
   const int64_t offset = int64_t{block} * AdamW::kBlock + lane * kEach;
   const bool scaled1 = args.first_type != Moment::kF32, scaled2 = args.second_type != Moment::kF32;
   const Words grad_words = Fetch(args.grad, ElementBytes(args.grad_type), offset);
@@ -298,11 +348,10 @@ __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, Blocks bloc
   const Words second_words = Fetch(args.second, ElementBytes(args.second_type), offset);
   const uint32_t exponent1 = scaled1 ? args.first_exponents[block] : 127;
   const uint32_t exponent2 = scaled2 ? args.second_exponents[block] : 127;
-  const Place place(args, blocks, block, AdamW::kBlock);
   const AdamW::Rates rates = *args.rates;
-  if (rates.finite == 0) return;
-
+  const Place place(args, blocks, block, AdamW::kBlock);
   const uint32_t column = place.column + lane * kEach;
+
   float grad[kEach], param[kEach], first[kEach], second[kEach];
   Decode(grad_words, args.grad_type, grad);
   Decode(param_words, args.param_type, param);
@@ -310,42 +359,84 @@ __global__ void __launch_bounds__(kThreads) BlocksKernel(AdamW args, Blocks bloc
   Decode(second_words, args.second_type, second);
   const float scale1 = adamw::ScaleOfExponent(exponent1);
   const float scale2 = adamw::ScaleOfExponent(exponent2);
-
-  uint32_t amax1 = 0, amax2 = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    const Element next =
-        adamw::Advance(args, rates, grad[i],
-                       {FromKept(param[i], args.param_type), __fmul_rn(first[i], scale1),
-                        __fmul_rn(second[i], scale2)});
-    param[i] = next.param;
-    first[i] = next.first;
-    second[i] = next.second;
-    amax1 = max(amax1, MagnitudeBits(next.first));
-    amax2 = max(amax2, MagnitudeBits(next.second));
+    first[i] = __fmul_rn(first[i], scale1);
+    second[i] = __fmul_rn(second[i], scale2);
+    adamw::AdvanceMoments(args, rates, grad[i], first[i], second[i]);
   }
-  RoundParams(param, args.param_type, place.row.param, column);
-  Store(param, args.param_type, args.param, offset);
+  const Range range(first, second);
+  // A row's bits are those of its key and the column, whose lowest bits here are the element's.
+  bool usual = range.IsUsual(args, rates) & (column % kEach == 0);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const float root = kCareful ? __fsqrt_rn(second[i]) : UsualRoot(second[i]);
+    const float along = adamw::Numerator(rates, first[i]);
+    const float over = adamw::Denominator(args, rates, root);
+    const float direction = kCareful ? __fdiv_rn(along, over) : UsualQuotient(along, over);
+    param[i] = adamw::AdvanceParam(args, rates, FromKept(param[i], args.param_type), direction);
+    if (args.root) second[i] = root;
+    if (args.param_type == DType::kF32) continue;
+    if (args.param_type == DType::kF16) param[i] = __fmul_rn(param[i], Factor(DType::kF16));
+    const adamw::Grid grid = GridOf(args.param_type);
+    if constexpr (kCareful) {
+      const uint32_t bits = adamw::Mix(place.row.param ^ (column + i));
+      param[i] = adamw::RoundStochastically(param[i], grid, bits);
+    } else {
+      usual &= fabsf(param[i]) <= FLT_MAX;
+      if (args.param_type == DType::kF16) usual &= fabsf(param[i]) >= grid.least;
+      const uint32_t bits = adamw::Mix(place.row.param ^ column ^ i);
+      param[i] = args.param_type == DType::kBF16 ? adamw::CarryNormal(param[i], grid, bits)
+                                                 : adamw::RoundNormal(param[i], grid, bits);
+    }
+  }
+  // Roots sort as what they are of.
+  const float most = __uint_as_float(range.most_second);
+  const uint32_t amax2 = __float_as_uint(!args.root ? most
+                                         : kCareful ? __fsqrt_rn(most)
+                                                    : UsualRoot(most));
+  const Exponents exponents(args, range.most_first, amax2);
+  if (!kCareful && !__all_sync(~0u, usual)) return false;
+  // Not sooner, or what is above would wait for it.
+  if (!inside || rates.finite == 0) return true;
 
-  const auto write = [&](float (&moment)[kEach], Moment type, uint32_t amax, uint32_t row,
-                         void* codes, uint8_t* exponents) {
+  Store(param, args.param_type, args.param, offset);
+  const auto write = [&](float (&moment)[kEach], Moment type, uint32_t exponent, uint32_t row,
+                         void* codes, uint8_t* to) {
     if (type != Moment::kF32) {
-      const uint32_t exponent = adamw::ScaleExponent(LargestOf<kLanes>(amax, half), type);
       const float inverse = adamw::InverseScale(exponent);
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) moment[i] = __fmul_rn(moment[i], inverse);
-      if (args.stochastic) {
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          moment[i] = RoundMoment(moment[i], type, true, row, column + i);
-        }
+      for (int i = 0; i < kEach; ++i) {
+        moment[i] =
+            RoundMoment(__fmul_rn(moment[i], inverse), type, args.stochastic, row, column + i);
       }
-      if (lane == 0) exponents[block] = static_cast<uint8_t>(exponent);
+      if (lane == 0) to[block] = static_cast<uint8_t>(exponent);
     }
     Store(moment, type, codes, offset);
   };
-  write(first, args.first_type, amax1, place.row.first, args.first, args.first_exponents);
-  write(second, args.second_type, amax2, place.row.second, args.second, args.second_exponents);
+  write(first, args.first_type, exponents.first, place.row.first, args.first, args.first_exponents);
+  write(second, args.second_type, exponents.second, place.row.second, args.second,
+        args.second_exponents);
+  return true;
+}
+
+// Apart, so that it is not in the way of what runs nearly always.
+template <typename Types>
+__device__ __noinline__ void UpdateCarefully(AdamW args, Blocks blocks, uint32_t block,
+                                             bool inside) {
+  UpdateBlock<Types, true>(args, blocks, block, inside);
+}
+
+// Rows of whole blocks. Where there is none left for half a warp, it goes along with the other
+// half.
+template <typename Types>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) BlocksKernel(AdamW args, Blocks blocks) {
+  const uint32_t half = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const bool inside = half < blocks.count;
+  const uint32_t block = inside ? half : blocks.count - 1;
+  if (!UpdateBlock<Types, false>(args, blocks, block, inside)) {
+    UpdateCarefully<Types>(args, blocks, block, inside);
+  }
 }
 
 // Rows of any length: a warp has one, and computes it twice, for the scales and then for the codes.
@@ -372,8 +463,8 @@ __global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, Blocks rows) 
     amax1 = max(amax1, MagnitudeBits(next.first));
     amax2 = max(amax2, MagnitudeBits(next.second));
   }
-  const uint32_t exponent1 = adamw::ScaleExponent(LargestOf<kWarp>(amax1, ~0u), args.first_type);
-  const uint32_t exponent2 = adamw::ScaleExponent(LargestOf<kWarp>(amax2, ~0u), args.second_type);
+  const uint32_t exponent1 = adamw::ScaleExponent(LargestOf<kWarp>(amax1), args.first_type);
+  const uint32_t exponent2 = adamw::ScaleExponent(LargestOf<kWarp>(amax2), args.second_type);
   const float inverse1 = scaled1 ? adamw::InverseScale(exponent1) : 1.0f;
   const float inverse2 = scaled2 ? adamw::InverseScale(exponent2) : 1.0f;
   for (uint32_t i = lane; i < n; i += kWarp) {

@@ -21,8 +21,7 @@ struct AdamW {
 
   // What differs from step to step, float32 numbers in memory.
   struct Rates {
-    float scale;              // what the gradient is multiplied by, and
-    float clip;               // what by after that
+    float gradient;           // what it is multiplied by
     float learning_rate;      //
     float first_correction;   // 1 / (1 - b1^t)
     float second_correction;  // 1 / sqrt(1 - b2^t)
@@ -109,24 +108,54 @@ struct Element {
   float param, first, second;
 };
 
-// The element after a step. A NaN stays one.
-JFP4_HOST_DEVICE Element Advance(const AdamW& c, const AdamW::Rates& rates, float grad,
-                                 Element old) {
-  const float g = Mul(Mul(grad, rates.scale), rates.clip);
-  float first = old.first, second = old.second;
+// x, or the nearest to it within [-most, most]; NaN if either is one, as jnp.clip has it.
+JFP4_HOST_DEVICE float Clip(float x, float most) {
+#ifdef __CUDA_ARCH__
+  float clipped;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(clipped) : "f"(x), "f"(most));
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(clipped) : "f"(-most));
+  return clipped;
+#else
+  if (x > most) x = most;
+  if (x < -most) x = -most;
+  return most != most ? most : x;
+#endif
+}
+
+// The moments after a step: of the second one itself, where its root is kept as well.
+JFP4_HOST_DEVICE void AdvanceMoments(const AdamW& c, const AdamW::Rates& rates, float grad,
+                                     float& first, float& second) {
+  const float g = Mul(grad, rates.gradient);
   if (c.root) {
-    const float most = Mul(c.bound, second);
-    if (first > most) first = most;
-    if (first < -most) first = -most;
+    first = Clip(first, Mul(c.bound, second));
     second = Mul(second, second);
   }
   first = Add(Mul(c.rest1, g), Mul(c.b1, first));
   second = Add(Mul(c.rest2, Mul(g, g)), Mul(c.b2, second));
+}
+
+// What the parameter moves along is a quotient of these.
+JFP4_HOST_DEVICE float Numerator(const AdamW::Rates& rates, float first) {
+  return Mul(first, rates.first_correction);
+}
+JFP4_HOST_DEVICE float Denominator(const AdamW& c, const AdamW::Rates& rates, float root) {
+  return Add(Mul(root, rates.second_correction), c.eps);
+}
+
+JFP4_HOST_DEVICE float AdvanceParam(const AdamW& c, const AdamW::Rates& rates, float param,
+                                    float direction) {
+  const float update = Add(direction, Mul(c.weight_decay, param));
+  return Add(param, Mul(-rates.learning_rate, update));
+}
+
+// The element after a step. A NaN stays one.
+JFP4_HOST_DEVICE Element Advance(const AdamW& c, const AdamW::Rates& rates, float grad,
+                                 Element old) {
+  float first = old.first, second = old.second;
+  AdvanceMoments(c, rates, grad, first, second);
   const float root = sqrtf(second);
-  const float direction =
-      Mul(first, rates.first_correction) / Add(Mul(root, rates.second_correction), c.eps);
-  const float update = Add(direction, Mul(c.weight_decay, old.param));
-  return {Add(old.param, Mul(-rates.learning_rate, update)), first, c.root ? root : second};
+  const float direction = Numerator(rates, first) / Denominator(c, rates, root);
+  return {AdvanceParam(c, rates, old.param, direction), first, c.root ? root : second};
 }
 
 // --- rounding, as jfp4/ops/rounding.py has it ---
@@ -140,13 +169,13 @@ JFP4_HOST_DEVICE uint32_t Mix(uint32_t x) {
 }
 
 // What a float32 is rounded to: its mantissa's explicit bits, and the power of two under which
-// steps no longer shrink.
+// steps no longer shrink. (Bfloat16's shrink as long as float32's do.)
 struct Grid {
   int mantissa_bits;
   float least;
 };
 
-constexpr Grid kBF16Grid = {7, 0x1p-100f}, kF16Grid = {10, 0x1p-14f}, kE4M3Grid = {3, 0x1p-6f};
+constexpr Grid kBF16Grid = {7, 0}, kF16Grid = {10, 0x1p-14f}, kE4M3Grid = {3, 0x1p-6f};
 
 constexpr uint32_t kSign = 0x80000000;
 
@@ -157,12 +186,15 @@ JFP4_HOST_DEVICE bool IsNormal(float x, Grid grid) {
 }
 
 // Of a normal x: what the grid has no bits for is carried into its last one, if it exceeds as many
-// bits.
-JFP4_HOST_DEVICE float RoundNormal(float x, Grid grid, uint32_t bits) {
-  const int rest = kMantissaBits - grid.mantissa_bits;
-  const uint32_t mask = (1u << rest) - 1;
+// bits. What then is below the grid is to be cut off.
+JFP4_HOST_DEVICE float CarryNormal(float x, Grid grid, uint32_t bits) {
   // The sign is above all that is carried.
-  return Value((Bits(x) + (mask - (bits >> (32 - rest)))) & ~mask);
+  return Value(Bits(x) + (~bits >> (32 - (kMantissaBits - grid.mantissa_bits))));
+}
+
+JFP4_HOST_DEVICE float RoundNormal(float x, Grid grid, uint32_t bits) {
+  const uint32_t below = (1u << (kMantissaBits - grid.mantissa_bits)) - 1;
+  return Value(Bits(CarryNormal(x, grid, bits)) & ~below);
 }
 
 // x on the grid, up by as many chances in 2^24 as it is above the lower neighbour; the upper 24

@@ -37,7 +37,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
 """What has kernels."""
 
-INTERFACE = 9
+INTERFACE = 10
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -488,7 +488,7 @@ def adamw(
     param: Float[Array, "*m n"],
     first: Moment,
     second: Moment,
-    rates: Float32[Array, "6"],
+    rates: Float32[Array, "5"],
     keys: UInt32[Array, "slices 4"],
     *,
     b1: float,
@@ -507,8 +507,8 @@ def adamw(
         param: as ``jfp4.master`` stores it, in any of these.
         first: ``jfp4.optim.Blocks`` of the same shape, or float32.
         second: likewise.
-        rates: factors of the gradient (two), the learning rate, 1 / (1 - b1^t),
-            1 / sqrt(1 - b2^t), and 0 to change nothing.
+        rates: the gradient's factor, the learning rate, 1 / (1 - b1^t), 1 / sqrt(1 - b2^t), and 0
+            to change nothing.
         keys: of the bits that param, first and second are rounded by, and the number of the first
             column, in each of as many equal parts of the rows.
         b1: decay rate of the first moment.

@@ -8,9 +8,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt32
 
-_LEAST_BINADE = 2.0**-100
-"""Under it steps no longer shrink: reciprocals of them have to be normal float32 numbers."""
-
 
 def stochastic_key(*numbers: int | Array) -> UInt32[Array, ""]:
     """Mixes integers, such as a seed, a step and a leaf's number, into a key; order counts."""
@@ -62,7 +59,7 @@ def round_to_dtype(
     a multiple of 2**-24, as it is for every normal value of ``dtype``, and else within 2**-24.
 
     Args:
-        x: values, converted to float32; under 2**-100 of bfloat16, steps stay 2**-107.
+        x: values, converted to float32.
         dtype: float16, bfloat16 or a float8 dtype.
         bits: random bits of ``x``'s shape, of which the upper 24 count; None rounds to nearest.
 
@@ -72,9 +69,10 @@ def round_to_dtype(
     """
     info = jnp.finfo(dtype)
     x = x.astype(jnp.float32)
+    if info.dtype == jnp.bfloat16:
+        return _to_bfloat16(x, bits)
     magnitude = jnp.abs(x)
-    least = max(float(info.tiny), _LEAST_BINADE)
-    step = jnp.maximum(binade(magnitude), least) * np.float32(2.0**-info.nmant)
+    step = jnp.maximum(binade(magnitude), float(info.tiny)) * np.float32(2.0**-info.nmant)
     # The reciprocal of a power of two by its exponent: XLA would not fuse a division as freely.
     exponent = lax.bitcast_convert_type(step, jnp.uint32)
     inverse = lax.bitcast_convert_type(np.uint32(254 << 23) - exponent, jnp.float32)
@@ -90,6 +88,17 @@ def round_to_dtype(
     # On the grid already, so that the cast is exact and a compiler may not undo it.
     rounded = jnp.where(jnp.isfinite(x), jnp.copysign(rounded * step, x), x)
     return rounded.astype(dtype)
+
+
+def _to_bfloat16(x: Float32[Array, "..."], bits: UInt32[Array, "..."] | None) -> Array:
+    # Its patterns are the first 16 bits of float32's, and the last 16 are how far on the way to the
+    # next one x is: they are carried where they exceed as many bits, or half. In integers, so that
+    # nothing is flushed.
+    pattern = lax.bitcast_convert_type(x, jnp.uint32)
+    carry = np.uint32(0x7FFF) + (pattern >> 16 & 1) if bits is None else ~bits >> 16
+    quiet = pattern | np.uint32(0x00400000)  # what makes a NaN one may be in the last bits alone
+    pattern = jnp.where(jnp.isnan(x), quiet, pattern + carry)
+    return lax.bitcast_convert_type((pattern >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def binade(magnitude: Float32[Array, "..."]) -> Float32[Array, "..."]:
