@@ -41,7 +41,8 @@ class AdamW:
         b2: decay rate of the second.
         eps: added to the root of the second moment.
         weight_decay: decoupled: times the learning rate.
-        mask: from a tree of parameters to one of booleans, which of them decay; None: all.
+        mask: a tree of booleans, or a function from the parameters to one: which of them decay;
+            None: all.
         clip_norm: largest global norm of a gradient; None clips nothing.
         first: format of the first moment; see ``jfp4.optim.scale_by_adam``.
         second: format of the second moment's root.
@@ -53,7 +54,7 @@ class AdamW:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    mask: Callable[[Any], Any] | None = None
+    mask: Any = None
     clip_norm: float | None = None
     first: str = "e4m3"
     second: str = "float16"
@@ -131,12 +132,15 @@ class AdamW:
         if self.mask is None:
             return self
         whole = jax.tree.map(  # a mask may have one answer for many leaves
-            lambda decay, part: jax.tree.map(lambda _: decay, part), self.mask(stored), stored
+            lambda decay, part: jax.tree.map(lambda _: decay, part), self._mask_of(stored), stored
         )
         decays = dict(jax.tree.leaves_with_path(whole))
         return dataclasses.replace(
             self, mask=lambda tree: jax.tree.map_with_path(lambda path, _: decays[path], tree)
         )
+
+    def _mask_of(self, stored: Any) -> Any:
+        return self.mask(stored) if callable(self.mask) else self.mask
 
     def _schedule(self) -> optax.Schedule:
         rate = self.learning_rate
@@ -165,7 +169,7 @@ class AdamW:
             return None
         decays = [True] * len(leaves)
         if self.mask is not None:
-            decays = structure.flatten_up_to(self.mask(stored))
+            decays = structure.flatten_up_to(self._mask_of(stored))
         scale, seed, step = numbers
 
         def fused(number: int, held: Any, grad: Any, norm: Array, finite: Array) -> Any:

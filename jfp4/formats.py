@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -51,6 +52,10 @@ class Format:
         """Distance from the grid value ``magnitude`` to the next one above."""
         exponent = np.floor(np.log2(magnitude)) if magnitude > 0 else self.min_exponent
         return float(2.0 ** (max(exponent, self.min_exponent) - self.mantissa_bits))
+
+    def fits(self, dtype: jax.typing.DTypeLike) -> bool:
+        """Whether a dtype holds the grid exactly."""
+        return bool(np.all(self.grid.astype(jnp.dtype(dtype)).astype(np.float64) == self.grid))
 
     @property
     def min_scale(self) -> float:

@@ -32,7 +32,8 @@ def encode(params: Any, format: str, mask: Any = None) -> Any:
     """Parameters as they are stored, rounded to nearest.
 
     Args:
-        params: a tree of float32 arrays.
+        params: a tree of arrays of floats; what is not narrowed is float32 afterwards, since of
+            what is stored float16 means ``encode``'s.
         format: "float32" (as they are), "float16" (times 2**SHIFT) or "bfloat16".
         mask: a tree of booleans, or a function from ``params`` to one: which are stored so, the
             others staying float32; None is all of them. Norm scales and other vectors are few, and
@@ -54,6 +55,7 @@ def encode(params: Any, format: str, mask: Any = None) -> Any:
     dtype = jnp.dtype(format)
 
     def stored(value: Array, narrow: bool) -> Array:
+        value = value.astype(jnp.float32)
         return _store(value, dtype, None) if narrow and dtype != jnp.float32 else value
 
     return jax.tree.map(stored, params, mask)
@@ -147,8 +149,10 @@ def apply_gradients(
         The stored parameters, the state, and the global norm of the scaled gradient.
 
     Raises:
-        ValueError: a gradient is not of its parameter's shape.
+        ValueError: ``grads`` is another tree than ``stored``, or a gradient is not of its
+            parameter's shape.
     """
+    _check_same_tree(grads, stored)
     optimizer = optax.with_extra_args_support(optimizer)
     norm, finite = norm_and_finite(grads)
     norm = norm * scale
@@ -202,6 +206,24 @@ def apply_gradients(
         leaves[number], own = held
         new_state = _where_not_none(shapes, own, new_state)
     return jax.tree.unflatten(structure, leaves), new_state, norm
+
+
+def _check_same_tree(grads: Any, stored: Any) -> None:
+    if jax.tree.structure(grads, is_leaf=is_slices) == jax.tree.structure(stored):
+        return
+    found, expected = (
+        {
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree.leaves_with_path(tree, is_leaf=is_slices)
+        }
+        for tree in (grads, stored)
+    )
+    apart = [f"without {path}" for path in sorted(expected - found)]
+    apart += [f"with {path}" for path in sorted(found - expected)]
+    raise ValueError(
+        f"grads is another tree than stored: {', '.join(apart[:4]) or 'in other containers'}; "
+        "expected a gradient in each parameter's place"
+    )
 
 
 def _where_not_none(shapes: Any, tree: Any, otherwise: Any) -> Any:

@@ -101,6 +101,7 @@ class Linear(nnx.Linear):
             return super().__call__(inputs, out_sharding)
         if out_sharding is not None:
             raise ValueError(f"out_sharding={out_sharding}; expected None for a quantised layer")
+        inputs = jnp.asarray(inputs)
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         x = inputs.astype(self.dtype or jnp.promote_types(inputs.dtype, kernel.dtype))
@@ -110,13 +111,16 @@ class Linear(nnx.Linear):
             calibration = self._running()
         elif tokens.size > 0:
             calibration = calibrate(tokens, self.recipe)
+        # There only once it is made, as nnx.update has it of what a call adds.
+        prepared = self.prepared.get_value() if hasattr(self, "prepared") else None
+        y = linear(x, kernel, self.recipe, bias=bias, calibration=calibration, prepared=prepared)
+        # Of inputs that are none, which are refused by now, nothing stays.
+        if calibration is not None and not self.use_running_average:
             self._observe(calibration)
         if self.monitor and calibration is not None:
             # As ``sow`` would leave it, but of this call alone: the state keeps its shape.
             self.health = nnx.Intermediate((health(tokens, kernel, self.recipe, calibration),))
-        # There only once it is made, as nnx.update has it of what a call adds.
-        prepared = self.prepared.get_value() if hasattr(self, "prepared") else None
-        return linear(x, kernel, self.recipe, bias=bias, calibration=calibration, prepared=prepared)
+        return y
 
     def _running(self) -> Calibration:
         lo, hi, mean = (
@@ -133,10 +137,10 @@ class Linear(nnx.Linear):
             if stat is not None and new is not None:
                 old = stat[...]
                 # What has seen nothing yet, the first call replaces: thresholds are infinite then,
-                # and means all zero. A call with a NaN in it has nothing to tell.
+                # and means all zero. A call that is not finite has nothing to tell.
                 unseen = jnp.all(old == 0) if stat is self.mean else jnp.isinf(old)
                 seen = jnp.where(unseen, new, MOMENTUM * old + (1 - MOMENTUM) * new)
-                stat[...] = jnp.where(jnp.isnan(new), old, seen)
+                stat[...] = jnp.where(jnp.isfinite(new), seen, old)
 
 
 def path_name(path: Sequence[Any]) -> str:

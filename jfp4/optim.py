@@ -150,7 +150,7 @@ def scale_by_adam(
             raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
     adam = optax.scale_by_adam(b1, b2, eps)
     if first == second == "float32":
-        return adam
+        return _in_float32(adam)
     bound = bound_of_first(b1, b2)
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -197,6 +197,21 @@ def scale_by_adam(
         return m if math.isinf(bound) else jnp.clip(m, -bound * root, bound * root)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_float32(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam whose moments are float32 whatever the dtype of parameters and gradients."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params: Any) -> Any:
+        return adam.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return adam.update(wide(updates), state, params)
+
+    return optax.GradientTransformation(init, update)
 
 
 def bound_of_first(b1: float, b2: float) -> float:

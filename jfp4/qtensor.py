@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
-from jfp4.formats import get_format, pack, unpack
+from jfp4.formats import pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -72,12 +72,6 @@ class QTensor:
         """
         one = jnp.ones((1,) * self.ndim, jnp.float32)
         return QTensor(self.codes, one, None, self.format, None)
-
-    def nbytes(self, *, packed: bool = False) -> int:
-        """Bytes of codes, scales and shift; ``packed`` counts 4-bit codes two a byte."""
-        width = get_format(self.format).bits / 8 if packed else 1
-        rest = self.scale.size + (0 if self.shift is None else self.shift.size)
-        return int(-(-self.codes.size * width // 1)) + 4 * rest
 
 
 @jax.tree_util.register_dataclass

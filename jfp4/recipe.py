@@ -104,6 +104,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not (isinstance(self.skip, tuple) and all(isinstance(p, str) for p in self.skip)):
+            raise ValueError(
+                f"skip={self.skip!r}; expected a tuple of patterns, such as ('*head*',)"
+            )
         if (self.x_format is None) != (self.w_format is None):
             raise ValueError(
                 f"x_format={self.x_format!r} and w_format={self.w_format!r}; expected both or "
@@ -151,7 +155,8 @@ RECIPES: dict[str, Recipe] = {
     "fp4": Recipe(),
     "fp4_cast": _PLAIN,
 }
-"""The presets: plain BF16; FP8 with the same scaling; the paper's FP4; FP4 by cast alone."""
+"""The presets: products in the compute dtype, of Llamas BF16, with nothing quantised; FP8 with the
+same scaling; the paper's FP4; FP4 by cast alone."""
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

@@ -61,8 +61,10 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     """The size of every axis of ``AXES``, -1 resolved; axes that are not named have size 1.
 
     Raises:
-        ValueError: the sizes do not make up the number of devices.
+        ValueError: an axis is none of ``AXES``, or the sizes do not make up the number of devices.
     """
+    if unknown := [axis for axis in sizes if axis not in AXES]:
+        raise ValueError(f"axis {unknown[0]!r} is unknown; expected {', '.join(AXES)}")
     given = math.prod(size for size in sizes.values() if size > 0)
     rest = devices // given if -1 in sizes.values() else 1
     shape = tuple(rest if sizes.get(axis) == -1 else sizes.get(axis, 1) for axis in AXES)

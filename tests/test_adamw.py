@@ -136,8 +136,9 @@ def test_a_mask_by_shape_is_of_whole_leaves(axes):
         assert shrunk == {key: leaf.ndim > axes for key, leaf in params.items()}
 
 
-def test_a_mask_may_have_one_answer_for_many_leaves():
-    optimizer = AdamW(0.1, weight_decay=0.5, mask=lambda params: {"all": True, "none": False})
+@pytest.mark.parametrize("of", [lambda mask: mask, lambda mask: lambda params: mask])
+def test_a_mask_may_have_one_answer_for_many_leaves(of):
+    optimizer = AdamW(0.1, weight_decay=0.5, mask=of({"all": True, "none": False}))
     params = {name: {"a": jnp.ones((2, 128)), "b": jnp.ones(3)} for name in ("all", "none")}
     grads = jax.tree.map(jnp.zeros_like, params)
     for name in ("xla", "host"):
@@ -156,6 +157,17 @@ def test_a_learning_rate_may_be_a_number():
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_float32_moments_are_so_whatever_the_parameters_are(dtype):
+    optimizer = AdamW(0.1, b2=0.999, first="float32", second="float32")
+    params = {"a": jnp.ones((2, 3), dtype)}
+    state, transformation = optimizer.init(params), optimizer.transformation()
+    for _ in range(2):
+        for leaf in jax.tree.leaves(state):
+            assert leaf.ndim == 0 or leaf.dtype == np.float32
+        _, state = transformation.update(params, state, params)
 
 
 def test_unknown_formats_are_named():

@@ -187,6 +187,29 @@ def test_a_gradient_of_another_shape_is_refused(of, shape):
         master.apply_gradients(optimizer, stored, optimizer.init(stored), grads, step=0)
 
 
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        ({"b": 1.0, "c": 2.0}, r"without \['a'\], with \['c'\]"),
+        ({"a": 1.0}, r"without \['b'\]"),
+        ([1.0, 2.0], r"without \['a'\], without \['b'\], with \[0\], with \[1\]"),
+    ],
+)
+def test_gradients_of_another_tree_are_refused(grads, message):
+    stored = {"a": jnp.float32(1), "b": jnp.float32(2)}
+    optimizer = optimizer_of(None)
+    with pytest.raises(ValueError, match=f"grads is another tree than stored: {message}; expected"):
+        master.apply_gradients(optimizer, stored, optimizer.init(stored), grads, step=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+@pytest.mark.parametrize(("format", "mask"), [("float32", None), ("float16", False)])
+def test_what_is_not_narrowed_is_float32_whatever_it_was(dtype, format, mask):
+    stored = master.encode(jnp.asarray([1, 2], dtype), format, mask)
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(master.decode(stored), [1, 2])
+
+
 def test_slices_are_rounded_by_bits_of_their_own():
     optimizer = optimizer_of(7)
     same = {"stack": jnp.ones((6, 2, 256)) * jnp.linspace(0.1, 1, 256)}

@@ -119,6 +119,16 @@ def test_errors():
         Linear(K, N, kernel_int=None, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("recipe", [RECIPES["fp4"], MEAN], ids=["fp4", "mean"])
+def test_a_refused_input_leaves_the_statistics_as_they_were(recipe):
+    layer = make(Linear, recipe=recipe)
+    old = [None if stat is None else np.asarray(stat) for stat in stats(layer)]
+    with pytest.raises(ValueError, match=rf"x has shape \(4, {K - 1}\)"):
+        layer(np.ones((4, K - 1), np.float32))
+    for stat, before in zip(stats(layer), old, strict=True):
+        np.testing.assert_array_equal(stat, before)
+
+
 # --------------------------------------------------------------------------------- arithmetic
 
 
@@ -252,10 +262,11 @@ def test_the_first_call_replaces_and_the_rest_average(recipe):
                 np.testing.assert_array_equal(got, value)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("recipe", [RECIPES["fp4"], MEAN], ids=["fp4", "mean"])
-def test_what_is_not_a_number_leaves_the_statistics_as_they_were(recipe):
-    layer, broken = make(Linear, recipe=recipe), np.array(X[0])
-    broken[..., 0] = np.nan
+def test_what_is_not_finite_leaves_the_statistics_as_they_were(recipe, bad):
+    layer, broken = make(Linear, recipe=change(recipe, occ_alpha=1.0)), np.array(X[0])
+    broken[..., 0] = bad
     for before in (None, X[1]):
         if before is not None:
             layer(before)
@@ -263,7 +274,11 @@ def test_what_is_not_a_number_leaves_the_statistics_as_they_were(recipe):
         assert np.all(np.isnan(layer(broken)))
         found = [np.asarray(stat) for stat in stats(layer) if stat is not None]
         assert not any(np.any(np.isnan(stat)) for stat in found)
-        np.testing.assert_array_equal(stats(layer)[:2], old[:2])
+        # The least element is a number in both, and is the lower threshold of an infinity's batch.
+        kept = slice(2) if np.isnan(bad) else slice(1, 2)
+        np.testing.assert_array_equal(stats(layer)[kept], old[kept])
+        if recipe is MEAN:
+            assert np.all(np.isfinite(stats(layer)[2]))
     layer.eval()
     assert np.all(np.isfinite(layer(X[0])))
 

@@ -59,16 +59,6 @@ def test_unscaled_keeps_only_the_codes():
     np.testing.assert_array_equal(u.dequantize(), u.codes.astype(jnp.float32))
 
 
-@pytest.mark.parametrize(
-    ("format", "packed", "codes"),
-    [("e2m1", False, 35), ("e2m1", True, 18), ("e4m3", False, 35), ("e4m3", True, 35)],
-)
-def test_nbytes(format, packed, codes):
-    assert quantized(X, 1, format=format).nbytes(packed=packed) == codes + 4 * 5
-    shifted = quantized(X, 1, format=format, shift="mean")
-    assert shifted.nbytes(packed=packed) == codes + 4 * 5 + 4 * 7
-
-
 def test_is_a_pytree_with_static_format_and_axis():
     q = quantized(X, -1)
     assert q.axis == 1

@@ -42,6 +42,8 @@ def test_the_default_is_the_paper():
         ({"occ_sample": 0}, ["sample=0"]),
         ({"x_format": "e4m3"}, ["occ_alpha", "x_format", "e4m3"]),
         ({"x_shift": "midrange"}, ["x_shift", "occ_alpha"]),
+        ({"skip": "*lm_head*"}, ["skip='*lm_head*'", "tuple"]),
+        ({"skip": (1,)}, ["skip=(1,)", "tuple"]),
     ],
     ids=str,
 )

@@ -45,6 +45,11 @@ def test_other_devices_than_there_are(text, devices, message):
     assert message in str(refusal.value)
 
 
+def test_an_axis_that_there_is_not():
+    with pytest.raises(ValueError, match="axis 'model' is unknown; expected data, fsdp, tensor"):
+        mesh_shape({"data": 4, "model": 2}, 4)
+
+
 @pytest.mark.parametrize(
     ("names", "shape", "spec"),
     [

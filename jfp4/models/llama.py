@@ -120,10 +120,14 @@ class Llama(nnx.Module):
         would have other ones.
 
         Raises:
-            ValueError: ``tokens`` or ``targets`` is not a matrix of integers, or
-                ``config.loss_chunk`` asks for chunks of a quantised head.
+            ValueError: ``tokens`` or ``targets`` is not a matrix of integers, they differ in shape,
+                or ``config.loss_chunk`` asks for chunks of a quantised head.
         """
         check_tokens(targets, "targets")
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets has shape {targets.shape} and tokens {tokens.shape}; expected the same"
+            )
         x = self._decode(tokens)
         chunk = self.config.loss_chunk
         if isinstance(self.lm_head, Linear) and self.lm_head.recipe.quantizes:

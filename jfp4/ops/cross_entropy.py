@@ -39,7 +39,8 @@ def cross_entropy(
         The mean, float32.
 
     Raises:
-        ValueError: shapes that do not fit, no tokens, or a chunk that is not positive.
+        ValueError: shapes that do not fit, no tokens, targets that are no integers, or a chunk that
+            is not positive.
     """
     t = x.shape[0]
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0] or targets.shape != (t,) or t == 0:
@@ -47,6 +48,7 @@ def cross_entropy(
             f"x has shape {x.shape}, w {w.shape} and targets {targets.shape}; expected [t, d], "
             "[d, v] and [t], t > 0"
         )
+    _check_integers(targets)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}; expected a positive number of tokens, or None")
     return _mean(chunk_size(t, w.shape[1], chunk), x, w, targets)
@@ -55,8 +57,23 @@ def cross_entropy(
 def cross_entropy_of_logits(
     logits: Float[Array, "*b v"], targets: Int[Array, "*b"]
 ) -> Float32[Array, ""]:
-    """``cross_entropy`` of logits that there are already, computed in float32."""
+    """``cross_entropy`` of logits that there are already, computed in float32.
+
+    Raises:
+        ValueError: ``targets`` is not of the logits' leading shape, or of no integers.
+    """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {targets.shape}; expected {logits.shape[:-1]}, beside logits of "
+            f"shape {logits.shape}"
+        )
+    _check_integers(targets)
     return jnp.mean(_losses(logits.astype(jnp.float32), targets)[0])
+
+
+def _check_integers(targets: Array) -> None:
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets is {targets.dtype}{list(targets.shape)}; expected integers")
 
 
 def chunk_size(tokens: int, vocab: int, chunk: int | None) -> int:

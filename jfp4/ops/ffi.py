@@ -130,9 +130,9 @@ def backend(name: Backend) -> AbstractContextManager[None]:
     return _asked(_checked(name))
 
 
-def _checked(name: str) -> Any:
+def _checked(name: str, what: str = "backend") -> Any:
     if name not in get_args(Backend):
-        raise ValueError(f"backend={name!r}; expected one of {', '.join(get_args(Backend))}")
+        raise ValueError(f"{what}={name!r}; expected one of {', '.join(get_args(Backend))}")
     return name
 
 
@@ -197,7 +197,8 @@ def _served(platform: str, operation: str) -> Served:
 
 
 def _asked_for() -> Backend:
-    asked = _checked(_asked.value)
+    # What a context asks for has been checked.
+    asked = _checked(_asked.value, "JFP4_BACKEND")
     if asked in ("host", "cuda") and (why := missing(asked)):
         raise RuntimeError(f"the backend asked for, {asked!r}, is missing: {why}")
     return asked

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32
@@ -249,6 +248,13 @@ def code_sums(a: QTensor, b: QTensor) -> Float32[Array, "m n"]:
     return _sums(a.codes, b.codes, get_format(a.format), get_format(b.format))
 
 
+def bfloat16_sums(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float32[Array, "m n"]:
+    """``a @ b`` of operands rounded to bfloat16, with sums in float32."""
+    # Not everywhere: GPUs would only be made to transpose an operand that lies the other way round.
+    plain = functools.partial(_cast_sums, dtypes=(jnp.bfloat16, jnp.bfloat16))
+    return lax.platform_dependent(a, b, cpu=_bfloat16_sums, tpu=_bfloat16_sums, default=plain)
+
+
 def _sums(a: Array, b: Array, fa: Format, fb: Format) -> Float32[Array, "m n"]:
     small = fa.bits == 4 and fb.bits == 4
     portable = (
@@ -256,13 +262,15 @@ def _sums(a: Array, b: Array, fa: Format, fb: Format) -> Float32[Array, "m n"]:
         if small
         else _bfloat16_sums
     )
-    float8 = functools.partial(_float8_sums, dtypes=(fa.dtype, fb.dtype))
+    float8 = functools.partial(_cast_sums, dtypes=(fa.dtype, fb.dtype))
     return lax.platform_dependent(a, b, cpu=portable, tpu=portable, default=float8)
 
 
-def _float8_sums(a: Array, b: Array, dtypes: tuple[np.dtype, np.dtype]) -> Float32[Array, "m n"]:
-    a8, b8 = a.astype(dtypes[0]), b.astype(dtypes[1])
-    return jnp.matmul(a8, b8, preferred_element_type=jnp.float32)
+def _cast_sums(
+    a: Array, b: Array, dtypes: tuple[jax.typing.DTypeLike, jax.typing.DTypeLike]
+) -> Float32[Array, "m n"]:
+    a, b = a.astype(dtypes[0]), b.astype(dtypes[1])
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _integer_sums(a: Array, b: Array, lattices: tuple[int, int]) -> Float32[Array, "m n"]:

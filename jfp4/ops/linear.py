@@ -12,6 +12,7 @@ scales are all that the backward needs (arXiv 2501.17116, section 3 and appendix
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +23,17 @@ from jaxtyping import Array, Float, Float32
 
 from jfp4.ops import exchange
 from jfp4.ops.calibration import Calibration, calibrate
-from jfp4.ops.gemm import Slope, gemm
+from jfp4.ops.gemm import Slope, bfloat16_sums, gemm
 from jfp4.ops.outliers import clamp, quantize_compensated, quantize_compensated_both
-from jfp4.ops.partition import IN_FLOAT32, Place, Reduction, varying_alike
+from jfp4.ops.partition import (
+    IN_FLOAT32,
+    Part,
+    Place,
+    Reduction,
+    Rule,
+    by_xla,
+    varying_alike,
+)
 from jfp4.ops.prepare import PreparedWeight, quantize_weight, quantize_weight_both, unpacked
 from jfp4.ops.quantize import (
     check_float,
@@ -74,7 +83,7 @@ def linear(
     Raises:
         TypeError: ``x`` or ``w`` is not an array of floats.
         ValueError: shapes that do not fit, an unknown recipe, a calibration that lacks what the
-            recipe needs, or a prepared weight of another shape or format.
+            recipe needs or has what it does not, or a prepared weight of another shape or recipe.
     """
     recipe = get_recipe(recipe)
     _check_shapes(x, w, bias)
@@ -217,7 +226,7 @@ def _fold_and_quantize(
     w_scale, x_scale = wq.scale, xq_t.scale.T
     if recipe.grad_format is None:
         dy = dy.astype(jnp.float32)
-        return dy * w_scale, dy * x_scale
+        return (dy * w_scale).astype(jnp.bfloat16), (dy * x_scale).astype(jnp.bfloat16)
     return quantize_gradient(dy, w_scale, x_scale, format=recipe.grad_format)
 
 
@@ -239,16 +248,17 @@ def _wgrad(
     slope: Slope | None,
     dtype: Any,
 ) -> Float[Array, "k n"]:
+    reduce = exchange.reduction()
     if xq_t.shift is None and residual is None:
-        return _gradient_product(xq_t.unscaled(), folded, dtype, slope, reduce=exchange.reduction())
-    dw = _gradient_product(xq_t.unscaled(), folded, jnp.float32, reduce=exchange.reduction())
+        return _gradient_product(xq_t.unscaled(), folded, dtype, slope, reduce)
+    dw = _gradient_product(xq_t.unscaled(), folded, jnp.float32, reduce=reduce)
     if xq_t.shift is not None:
         if xq_t.shift.shape[0] == 1:  # a number a token: the same for every k
             dw = dw + jnp.sum(dy * xq_t.shift.T, axis=0, keepdims=True)
         else:  # a vector of length k: an outer product with dy's sum over tokens
             dw = dw + xq_t.shift * jnp.sum(dy, axis=0, keepdims=True)
     if residual is not None:
-        dw = dw + _matmul(residual.T, dy)
+        dw = dw + _matmul(residual.T, dy, reduce)
     return (dw if slope is None else dw * slope()).astype(dtype)
 
 
@@ -263,18 +273,25 @@ def _gradient_product(
     if isinstance(a, QTensor) and isinstance(b, QTensor | PackedQTensor):
         return gemm(a, b, slope=slope, out_dtype=dtype, reduce=reduce)
     a, b = (unpacked(v).codes if not isinstance(v, jax.Array) else v for v in (a, b))
-    y = _bfloat16_matmul(a, b)
+    y = _divided(bfloat16_sums, a, b, reduce)
     return (y if slope is None else y * slope()).astype(dtype)
 
 
-def _bfloat16_matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(
-        a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32
-    )
+def _matmul(a: Array, b: Array, reduce: Reduction = IN_FLOAT32) -> Array:
+    highest = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return _divided(highest, a, b, reduce)
 
 
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+def _divided(
+    multiply: Callable[[Array, Array], Array], a: Array, b: Array, reduce: Reduction
+) -> Array:
+    """``multiply(a, b)``, whose parts are summed by ``reduce``: XLA would sum them in float32."""
+
+    def of_part(part: Part, a: Array, b: Array) -> tuple[Array]:
+        return (reduce(part, multiply(a, b), "k"),)
+
+    (y,) = by_xla(of_part, a, b, rule=Rule(("m k", "k n"), ("m n",), inner=2))
+    return y
 
 
 def _check_shapes(x: Array, w: Array, bias: Array | None) -> None:
@@ -289,11 +306,20 @@ def _check_shapes(x: Array, w: Array, bias: Array | None) -> None:
 
 
 def _check_calibration(calibration: Calibration, recipe: Recipe, k: int) -> None:
-    if recipe.occ_alpha is not None and (calibration.lo is None or calibration.hi is None):
-        raise ValueError("calibration has no lo or hi; the recipe's occ_alpha needs both")
-    if recipe.x_shift == "mean" and (calibration.mean is None or calibration.mean.shape != (1, k)):
-        shape = None if calibration.mean is None else calibration.mean.shape
-        raise ValueError(f"calibration.mean has shape {shape}; expected (1, {k})")
+    clamp = None if recipe.occ_alpha is None else ()
+    mean = (1, k) if recipe.x_shift == "mean" else None
+    for name, field, expected in (
+        ("lo", "occ_alpha", clamp),
+        ("hi", "occ_alpha", clamp),
+        ("mean", "x_shift", mean),
+    ):
+        value = getattr(calibration, name)
+        shape = None if value is None else value.shape
+        if shape != expected:
+            raise ValueError(
+                f"calibration.{name} has shape {shape}; expected {expected} with "
+                f"recipe.{field}={getattr(recipe, field)!r}"
+            )
 
 
 def _check_prepared(
@@ -301,9 +327,17 @@ def _check_prepared(
 ) -> None:
     if prepared is None:
         return
-    found = {(q.shape, q.format) for q in (prepared.fprop, prepared.dgrad)}
-    if found != {(shape, recipe.w_format)}:
-        raise ValueError(
-            f"prepared has shape {prepared.fprop.shape} in {prepared.fprop.format!r}; expected "
-            f"{shape} in {recipe.w_format!r}, those of w and the recipe"
-        )
+    scale = (1, shape[1] if recipe.w_scale == "channel" else 1)
+    expected = _described(shape, recipe.w_format, scale, recipe.w_shift is not None)
+    for q in (prepared.fprop, prepared.dgrad):
+        found = _described(q.shape, q.format, q.scale.shape, q.shift is not None)
+        if found != expected:
+            raise ValueError(
+                f"prepared has shape {found}; expected {expected}, those of w and the recipe"
+            )
+
+
+def _described(
+    shape: tuple[int, ...], format: str | None, scale: tuple[int, ...], shifted: bool
+) -> str:
+    return f"{shape} in {format!r} with {'a' if shifted else 'no'} shift and a scale of {scale}"

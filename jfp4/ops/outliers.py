@@ -155,8 +155,8 @@ def clamp(
 ) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
     """Splits ``x`` into ``clip(x, lo, hi)`` and the residual ``x`` minus it, both float32.
 
-    A NaN threshold makes both NaN; so does a NaN element of its own place. An infinity stays in
-    both, so that ``quantize`` sees it.
+    A NaN threshold makes both NaN; so does a NaN element of its own place. An infinity stays one,
+    so that ``quantize`` sees it, and its residual is NaN.
     """
     x, _ = to_float32(x, None)
     clamped = jnp.where(jnp.isinf(x), x, jnp.clip(x, lo, hi))

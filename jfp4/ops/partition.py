@@ -115,7 +115,12 @@ class Reduction:
     by: Sums | None = None
 
     def __call__(self, part: Part, x: Array, factor: str) -> Array:
-        """The sum of ``x`` over all parts of a factor, as ``Part.reduce`` has it lie."""
+        """The sum of ``x`` over all parts of a factor, as ``Part.reduce`` has it lie.
+
+        Where the factor is not divided ``x`` is that sum, and is not rounded.
+        """
+        if not part.divides(factor):
+            return x
         return part.reduce(x.astype(self.dtype), factor, self.by).astype(jnp.float32)
 
 

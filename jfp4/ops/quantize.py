@@ -56,9 +56,12 @@ def quantize(
 
     Raises:
         TypeError: ``x`` is not an array of floats.
-        ValueError: unknown ``format`` or ``shift``, or an ``axis`` that ``x`` does not have.
+        ValueError: unknown ``format`` or ``shift``, an ``axis`` that ``x`` does not have, or a
+            ``dtype`` that does not hold the format's codes.
     """
     x, axis, offset = _shifted(x, axis, format, shift)
+    if dtype is not None and not get_format(format).fits(dtype):
+        raise ValueError(f"dtype={jnp.dtype(dtype)} does not hold all codes of {format}")
     (q,) = operands(_bare, codes_and_scale, x, axis, format=format, shift=offset, dtype=dtype)
     return q
 

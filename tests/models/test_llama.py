@@ -762,6 +762,16 @@ def test_errors_describe_the_tokens(tokens):
         make().loss(TOKENS, tokens)
 
 
+@pytest.mark.parametrize("recipe", [FP4, change(FP4, skip=())], ids=["plain", "quantised head"])
+def test_targets_are_the_tokens_own(recipe):
+    model = make(recipe=recipe)
+    for other in (TOKENS[:, :1], TOKENS[:1], TOKENS.T, TOKENS.reshape(1, -1)):
+        with pytest.raises(
+            ValueError, match=r"targets has shape .* and tokens .*; expected the same"
+        ):
+            model.loss(TOKENS, other)
+
+
 def test_an_unknown_recipe_is_an_error():
     with pytest.raises(ValueError, match="recipe='fp5'"):
         initial(TINY, "fp5")

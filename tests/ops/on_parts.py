@@ -287,6 +287,46 @@ def exchanged(results, backend):
     ]
 
 
+def without_kernels(results, backend):
+    """Gradients whose products XLA alone computes: how far off, and what is sent."""
+    recipes = {
+        "bfloat16": jfp4.Recipe(grad_format=None, dge_k=None),
+        "residual": jfp4.Recipe(occ_compensation="residual", dge_k=None),
+    }
+    operands = [a.astype(jnp.float32) for a in (x, w1, dy)]
+    wide_x, wide_w, wide_dy = (np.abs(np.asarray(a, np.float64)) for a in operands)
+    # Any two orders of the sums, of which a few additions are the parts': see bounds().
+    magnitudes = [(N + 4) * wide_dy @ wide_w.T, (M + 4) * wide_x.T @ wide_dy]
+    allowed = [2 * 2.0**-24 * 2 * 2 * s for s in magnitudes]
+    specs = P(BATCH), P(None, "tensor"), P(BATCH, "tensor")
+    for name, recipe in recipes.items():
+
+        def gradients(x, w, dy, recipe=recipe):
+            return jax.vjp(lambda x, w: jfp4.linear(x, w, recipe), x, w)[1](dy)
+
+        wanted = [np.asarray(v, np.float64) for v in jax.jit(gradients)(*operands)]
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = make_mesh((2, 2, 2), kind)
+            places = [NamedSharding(mesh, spec) for spec in specs]
+            put = [jax.device_put(a, p) for a, p in zip(operands, places, strict=True)]
+            jitted = jax.jit(gradients, out_shardings=tuple(places[:2]))
+            for comm in ("float32", "bfloat16", "fp8"):
+                with jax.set_mesh(mesh), jfp4.grad_comm(comm), jfp4.backend(backend):
+                    lowered = jitted.lower(*put)
+                    found = [np.asarray(v, np.float64) for v in lowered.compile()(*put)]
+                errors = [np.abs(a - b) for a, b in zip(found, wanted, strict=True)]
+                results[f"{name}, {comm}, {kind.name}"] = (
+                    # Besides thresholds and the largest magnitudes.
+                    [
+                        [c.kind, c.bytes, len(c.group)]
+                        for c in collectives(partitioned(lowered))
+                        if c.bytes >= K * N // 2
+                    ],
+                    [float(np.max(e / bound)) for e, bound in zip(errors, allowed, strict=True)],
+                    float(np.linalg.norm(errors[1]) / np.linalg.norm(wanted[1])),
+                )
+
+
 def optimizer(results, backend):
     """Steps of AdamW, every kind of bits in it: in how many places each leaf differs."""
     leaves = {
@@ -380,6 +420,7 @@ def main():
     layers(results, backend)
     operations(results, backend)
     exchanged(results, backend)
+    without_kernels(results, backend)
     optimizer(results, backend)
     json.dump(results, sys.stdout)
 

@@ -154,6 +154,13 @@ def test_errors_name_the_argument():
             cross_entropy(*arguments)
     with pytest.raises(ValueError, match="chunk=0; expected a positive"):
         cross_entropy(X, W, TARGETS, chunk=0)
+    for f in (lambda t: cross_entropy(X, W, t), lambda t: cross_entropy_of_logits(X @ W, t)):
+        with pytest.raises(ValueError, match=r"targets is float32\[.*\]; expected integers"):
+            f(TARGETS.astype(np.float32))
+    with pytest.raises(
+        ValueError, match=rf"targets has shape \(1,\); expected \({T},\), beside logits"
+    ):
+        cross_entropy_of_logits(X @ W, TARGETS[:1])
 
 
 def test_the_scale_of_the_loss_reaches_gradients_in_float16():

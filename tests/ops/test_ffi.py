@@ -944,4 +944,4 @@ def test_the_environment_sets_the_default():
     done = run_python(code, JFP4_BACKEND="xla")
     assert (done.stdout, done.stderr) == ("xla\n", "")
     done = run_python(code, JFP4_BACKEND="xls")
-    assert "ValueError: backend='xls'; expected one of auto, xla, host, cuda" in done.stderr
+    assert "ValueError: JFP4_BACKEND='xls'; expected one of auto, xla, host, cuda" in done.stderr

@@ -447,10 +447,25 @@ def test_refuses_a_prepared_weight_that_nothing_reads():
 
 def test_refuses_a_calibration_that_lacks_something():
     zero = jnp.float32(0)
-    with pytest.raises(ValueError, match=r"calibration .*lo or hi"):
+    with pytest.raises(
+        ValueError, match=r"calibration.hi has shape None; expected \(\) with recipe.occ_alpha=0.99"
+    ):
         linear(X, W, "fp4", calibration=Calibration(lo=zero))
     mean = change(CAST, x_shift="mean")
     with pytest.raises(ValueError, match=r"calibration.mean has shape None"):
         linear(X, W, mean, calibration=Calibration())
     with pytest.raises(ValueError, match=r"calibration.mean has shape \(1, 3\).*\(1, 48\)"):
         linear(X, W, mean, calibration=Calibration(mean=jnp.zeros((1, 3))))
+
+
+def test_refuses_a_calibration_of_another_recipe():
+    lo, mean = jnp.float32(-1), jnp.zeros((1, K))
+    for recipe, calibration, message in (
+        (FP4, Calibration(lo, -lo, mean), r"mean has shape \(1, 48\).* None with .*x_shift=None"),
+        (CAST, Calibration(mean=mean), r"mean has shape \(1, 48\); expected None"),
+        (CAST, Calibration(lo, -lo), r"lo has shape \(\); expected None with .*occ_alpha=None"),
+        (FP4, Calibration(mean[0], -lo), r"lo has shape \(48,\); expected \(\) with"),
+        (FP4, Calibration(lo, mean), r"hi has shape \(1, 48\); expected \(\) with"),
+    ):
+        with pytest.raises(ValueError, match="calibration." + message):
+            linear(X, W, recipe, calibration=calibration)

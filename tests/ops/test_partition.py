@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
@@ -176,6 +177,43 @@ def test_columns_are_exchanged_alike_whatever_their_scales(found):
     """Codes' sums are what a row's one scale serves; of values, the small ones would be lost."""
     large, small = found["uneven"]
     assert 2.0**-10 < large < 2.0**-3 and small < 2 * large
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(("name", "products"), [("bfloat16", 1), ("residual", 2)])
+def test_products_of_no_kernel_are_summed_as_asked(found, name, products, kind):
+    dx, elements = ["all-reduce", 4 * 512 // 4 * 64, 2], 64 * 128 // 2
+    sums = {
+        "float32": [["all-reduce", 4 * elements, 4]],
+        "bfloat16": [["all-reduce", 2 * elements, 4]],
+        "fp8": [["all-to-all", elements, 4], ["all-gather", elements, 4]],
+    }
+    for comm, of_dw in sums.items():
+        sent, (dx_off, dw_off), distance = found[f"{name}, {comm}, {kind}"]
+        assert sorted(sent) == sorted([dx, *of_dw * products])
+        assert dx_off <= 1
+        # Four parts that have little in common are twice as large, all together, as their sum is.
+        # Each is rounded, and so are in bfloat16 three sums on the way, in FP8 the sum.
+        if comm == "float32":
+            assert dw_off <= 1
+        elif comm == "bfloat16":
+            assert 2.0**-12 < distance < (2 + 3) * 2.0**-9
+        else:
+            assert 2.0**-8 < distance < (2 + 1) * 2.0**-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_divided_is_not_rounded(dtype):
+    """One device has all of the sum, and sends nothing."""
+    draw = np.random.default_rng(0).normal
+    x, w, dy = (jnp.asarray(draw(size=s), dtype) for s in ((64, 48), (48, 40), (64, 40)))
+
+    def dw(comm):
+        with jfp4.grad_comm(comm), jfp4.backend("xla"):
+            return jax.jit(lambda w: jax.vjp(lambda w: jfp4.linear(x, w, "fp4"), w)[1](dy)[0])(w)
+
+    np.testing.assert_array_equal(dw("bfloat16"), dw("float32"))
 
 
 def test_an_unknown_exchange():

@@ -114,6 +114,18 @@ def test_another_weight_is_refused():
             ValueError, match=r"prepared has shape .*; expected \(35, 42\) in 'e2m1'"
         ):
             linear(X, W, CAST, prepared=prepare(w, recipe))
+    expected = r"expected \(35, 42\) in 'e2m1' with no shift and a scale of \(1, 42\), those of w"
+    for name, found in (
+        ("shift", r"a shift and .* \(1, 42\)"),
+        ("tensor", r"no shift .* \(1, 1\)"),
+    ):
+        other = prepare(W, SWITCHES[name])
+        # Also where it is one of the two that does not fit.
+        for p in (other, change(other, fprop=prepare(W, CAST).fprop)):
+            with pytest.raises(ValueError, match=rf"prepared has .* with {found}; {expected}"):
+                linear(X, W, CAST, prepared=p)
+    with pytest.raises(ValueError, match=r"no shift .*; expected .* with a shift and a scale"):
+        linear(X, W, SWITCHES["shift"], prepared=prepare(W, CAST))
     with pytest.raises(ValueError, match="nothing to prepare"):
         prepare(W, RECIPES["bf16"])
     with pytest.raises(TypeError, match="int32"):

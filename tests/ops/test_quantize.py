@@ -278,3 +278,9 @@ def test_refuses_unknown_names_and_shifts_that_do_not_fit():
         quantize(x, None, shift="mean")
     with pytest.raises(ValueError, match=r"shift has shape \(4,\)"):
         quantize(x, 1, shift=jnp.zeros(4))
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("e2m1", "int8"), ("e4m3", "float8_e5m2")])
+def test_refuses_to_carry_codes_in_what_does_not_hold_them(format, dtype):
+    with pytest.raises(ValueError, match=f"dtype={dtype} does not hold all codes of {format}"):
+        quantize(np.ones((3, 4), np.float32), 1, format=format, dtype=dtype)
