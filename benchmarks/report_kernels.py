@@ -129,13 +129,11 @@ def few_rows(r: dict[str, Any]) -> str:
         for line in r["packed"]
     ]
     means = " and ".join(f"{_times(r['geomean'])} {n}" for n, r in over.items() if r["geomean"])
-    # Where byte codes alone were measured anew.
-    origin = r.get("packed provenance", r["provenance"])
     return f"""### Packed products
 
 Microseconds a product; weights are taken from memory, not from the cache. In the geometric mean
 {means}.
-{source({"provenance": origin})}
+{source(r)}
 
 {markdown(["m x k x n", *names, *over], rows)}"""
 
@@ -191,7 +189,7 @@ def quantisation(r: dict[str, Any]) -> str:
     return f"""### Quantisation
 
 TB/s of bytes read once and written once, and the share of a copy's speed, {speed:.2f} TB/s; XLA's
-speed for the same outputs in brackets. Every output has the XLA path's bits.
+speed for the same outputs in brackets. Every output has the XLA path's bits. {_copy_of_little(r)}
 {source(r)}
 
 {_paragraphs(tables)}
@@ -199,6 +197,17 @@ speed for the same outputs in brackets. Every output has the XLA path's bits.
 Thresholds, microseconds:
 
 {markdown(["size", "kernel", "XLA"], thresholds)}"""
+
+
+def _copy_of_little(r: dict[str, Any]) -> str:
+    """What a copy itself makes of the fewest bytes that there are."""
+    copied = [line for line in r["quantise"] if "copy" in line["us"]]
+    if not copied:
+        return ""
+    line = min(copied, key=lambda line: line["bytes"])
+    share = 1e-6 * line["bytes"] / line["us"]["copy"] / r["copy TB/s"]
+    case = f"\"{line['name']}\" at {_shape(line, 'size')}"
+    return f"A copy of as many bytes as {case} moves has {share:.0%} itself."
 
 
 def _speeds(lines: list[dict[str, Any]], names: list[str], sizes: Sequence[tuple[int, ...]]) -> str:
