@@ -206,7 +206,7 @@ def _copy_of_little(r: dict[str, Any]) -> str:
         return ""
     line = min(copied, key=lambda line: line["bytes"])
     share = 1e-6 * line["bytes"] / line["us"]["copy"] / r["copy TB/s"]
-    case = f"\"{line['name']}\" at {_shape(line, 'size')}"
+    case = f'"{line["name"]}" at {_shape(line, "size")}'
     return f"A copy of as many bytes as {case} moves has {share:.0%} itself."
 
 

@@ -79,7 +79,7 @@ class Checkpoints:
             return
         # The next step reuses the state's memory while orbax still writes. Where memory is the
         # host's, orbax would read from there.
-        arrays = _named_leaves(state)
+        arrays = named_leaves(state)
         if jax.default_backend() == "cpu" and not self.in_parts(state):
             arrays = jax.tree.map(jnp.copy, arrays)
         self.wait()
@@ -99,7 +99,7 @@ class Checkpoints:
         Raises:
             UserError: it is of another model; what differs is named.
         """
-        wanted = _named_leaves(abstract)
+        wanted = named_leaves(abstract)
         path = self._manager.directory / str(step) / "default"
         # An array is refused that is not smaller than what may be under way at a time.
         largest = max(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
@@ -197,7 +197,7 @@ def _os_errors() -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
-def _named_leaves(state: TrainState) -> dict[str, Any]:
+def named_leaves(state: TrainState) -> dict[str, Any]:
     """Every array of the state under its path, such as "params/layers/mlp/down_proj/kernel"."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf

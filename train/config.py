@@ -232,7 +232,8 @@ class TrainConfig:
     was resumed is the one that was not. Attention's backward and the embedding's are slower so."""
 
     plan: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Only say what memory the run takes; exit 0 if it fits the device, 2 if not."""
+    """Only say what memory the run takes; exit 0 if it fits the device, 2 if not. Of a mesh of
+    other devices than are here only the numbers are said, and the exit is 0."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,5 +1,6 @@
 """Text to tokens: reads and encodes documents, or opens the shards that train.prepare wrote."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ def load(
     seq_len: int,
     batch_size: int,
     valid_sequences: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Corpus:
     """Reads, splits and encodes text, or opens what train.prepare wrote.
 
@@ -58,6 +60,8 @@ def load(
         seq_len: Tokens that one sequence predicts.
         batch_size: Sequences in a training batch.
         valid_sequences: Fewest sequences in a validation batch.
+        share: Which process this is, and of how many that open the same shards. It holds every so
+            manieth shard against its digest, from its own number on, and of the others the sizes.
 
     Raises:
         UserError: The text cannot be read, a shard is damaged, the tokenizer is not the
@@ -65,7 +69,7 @@ def load(
             batch.
     """
     if (Path(data) / "meta.json").is_file():
-        corpus = _load_prepared(Path(data), tokenizer)
+        corpus = _load_prepared(Path(data), tokenizer, share)
     else:
         corpus = _load_text(data, tokenizer_lib.load(tokenizer or "bytes"))
     for split, tokens, sequences in (
@@ -132,7 +136,7 @@ def _load_text(data: str, tokenizer: Tokenizer) -> Corpus:
     )
 
 
-def _load_prepared(directory: Path, wanted: str | None) -> Corpus:
+def _load_prepared(directory: Path, wanted: str | None, share: tuple[int, int]) -> Corpus:
     path = directory / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
@@ -171,11 +175,17 @@ def _load_prepared(directory: Path, wanted: str | None) -> Corpus:
             f"{directory} was prepared with another tokenizer than {wanted}; leave the tokenizer "
             "out to use the data's own, or prepare the data again"
         )
-    num_tokens = sum(count for shards in listed.values() for _, count, _ in shards)
-    with progress("checking shards", num_tokens * dtype.itemsize) as advance:
-        for shards in listed.values():
-            for file, count, sha256 in shards:
-                _check(file, count * dtype.itemsize, sha256, advance)
+    checked = [
+        (file, count * dtype.itemsize, sha256)
+        for shards in listed.values()
+        for file, count, sha256 in shards
+    ]
+    for file, size, _ in checked:
+        _check_size(file, size)
+    own = checked[share[0] :: share[1]]
+    with progress("checking shards", sum(size for _, size, _ in own)) as advance:
+        for file, _, sha256 in own:
+            _check(file, sha256, advance)
     tokens = {
         split: Tokens([np.memmap(file, dtype, mode="r") for file, _, _ in shards])
         for split, shards in listed.items()
@@ -191,29 +201,38 @@ def _load_prepared(directory: Path, wanted: str | None) -> Corpus:
     )
 
 
-def _check(file: Path, size: int, sha256: str, advance: Callable[[int], None]) -> None:
-    """Holds a shard against its listed size in bytes and digest, reading a piece at a time."""
-    digest = hashlib.sha256()
-    found = 0
-    try:
-        with file.open("rb") as shard:
-            while piece := shard.read(_READ_BYTES):
-                digest.update(piece)
-                found += len(piece)
-                advance(len(piece))
-    except OSError as error:
-        raise UserError(
-            f"shard {file} cannot be read ({error.strerror}); prepare the data again"
-        ) from error
+def _check_size(file: Path, size: int) -> None:
+    """Holds a shard against its listed size in bytes."""
+    with _readable(file):
+        found = file.stat().st_size
     if found != size:
         raise UserError(
             f"shard {file} has {found:,} bytes and {size:,} are expected; prepare the data again"
         )
+
+
+def _check(file: Path, sha256: str, advance: Callable[[int], None]) -> None:
+    """Holds a shard against its listed digest, reading a piece at a time."""
+    digest = hashlib.sha256()
+    with _readable(file), file.open("rb") as shard:
+        while piece := shard.read(_READ_BYTES):
+            digest.update(piece)
+            advance(len(piece))
     if digest.hexdigest() != sha256:
         raise UserError(
             f"shard {file} has SHA-256 {digest.hexdigest()} and {sha256} is expected; "
             "prepare the data again"
         )
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"shard {file} cannot be read ({error.strerror}); prepare the data again"
+        ) from error
 
 
 def _fingerprint(tokenizer: Tokenizer, shards: dict[Split, list[tuple[int, str]]]) -> str:

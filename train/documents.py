@@ -23,7 +23,7 @@ Split = Literal["train", "valid"]
 SPLITS: tuple[Split, Split] = ("train", "valid")
 
 _VALID_SHARE = 0.05
-_NAMED_SPLIT = re.compile(r"(train|valid(?:ation)?)(?![a-z])")  # Not trainer.py or validate.py.
+_NAMED_SPLIT = re.compile(r"(train|val(?:id(?:ation)?)?)(?![a-z])")  # Not trainer or validate.py.
 _STDLIB_MIN_CHARS = 200
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -31,18 +31,21 @@ _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 class Documents:
     """The documents at a path, in a fixed order, each with its split; can be read many times.
 
-    Where a directory has files named train* and valid*, such as train-00000.jsonl and valid.txt,
-    the names decide the split. Elsewhere the SHA-256 of a document's text decides: the lowest
-    twentieth is validation, and each split gets at least one document. A document that is all
-    there is gives its last twentieth to validation. Empty documents are passed over.
+    Where a directory has files named train* and valid* (or val*), such as train-00000.jsonl and
+    valid.txt, or has all files in directories so named, the names decide the split. Elsewhere the
+    SHA-256 of a document's text decides: the lowest twentieth is validation, and each split gets at
+    least one document. A document that is all there is gives its last twentieth to validation.
+    Empty documents are passed over.
 
     Attributes:
         counts: Documents in each split.
         text_bytes: UTF-8 bytes of text in each split.
+        rule: What the split is by: "file names", for example.
     """
 
     counts: dict[Split, int]
     text_bytes: dict[Split, int]
+    rule: str
 
     def __init__(self, data: str) -> None:
         """Reads everything once, to count it and to find the split.
@@ -52,18 +55,23 @@ class Documents:
                 files under 200 characters; or a file; or a directory, read in the order of its
                 file names, without hidden files and linked directories. Files are .jsonl (a
                 string "text" on each line), .parquet (a string column "text"), .py (in the
-                encoding it declares), and anything else as UTF-8 text; all may end in .gz too.
+                encoding it declares), and anything else but .json as UTF-8 text, a document a
+                file; all may end in .gz too.
 
         Raises:
-            UserError: A file cannot be read as what its name says, or a split would be empty.
+            UserError: A file cannot be read as what its name says, or names tell the split of some
+                files only, or a split would be empty.
         """
         self._min_chars = 1
+        self._named: dict[Path, Split] = {}
+        self.rule = "a hash of their text"
         if data == "pystdlib":
             self._files = _stdlib_files()
             self._min_chars = _STDLIB_MIN_CHARS
         else:
             self._files = _files(Path(data))
-        self._named = _named_splits(self._files)
+            if (found := _named_splits(self._files, Path(data))) is not None:
+                self.rule, self._named = found
         self._divided = False
         self._cut = int(_VALID_SHARE * (1 << 256))
         lowest, highest = self._survey()
@@ -81,6 +89,8 @@ class Documents:
                 f"{data} holds one document {count} times; training and validation need one each"
             )
         self._divided = count == 1
+        if self._divided:
+            self.rule = "cutting the only one in two"
         self._cut = highest - 1 if self.counts["train"] == 0 else lowest
         self._survey()
 
@@ -122,15 +132,24 @@ class Documents:
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
-        return [path]
-    if not path.is_dir():
+        files = [path]
+    elif path.is_dir():
+        # What is neither file nor directory, such as a broken link, stays in and fails by name.
+        relative = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
+        kept = [file for file in relative if not any(part.startswith(".") for part in file.parts)]
+        files = [path / file for file in sorted(kept, key=Path.as_posix)]
+    else:
         raise UserError(
             f'data {path} does not exist; give "pystdlib", a file of text, or a directory of them'
         )
-    # What is neither file nor directory, such as a broken link, stays in and fails by name.
-    relative = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
-    kept = [file for file in relative if not any(part.startswith(".") for part in file.parts)]
-    return [path / file for file in sorted(kept, key=Path.as_posix)]
+    for file in files:
+        if file.name.lower().removesuffix(".gz").endswith(".json"):
+            raise UserError(
+                f"{file} is not read, since .json tells neither text nor documents: if it is JSON "
+                'Lines, with a string "text" on each line, name it .jsonl (or .jsonl.gz); else '
+                "move it elsewhere"
+            )
+    return files
 
 
 def _stdlib_files() -> list[Path]:
@@ -140,22 +159,29 @@ def _stdlib_files() -> list[Path]:
     return [root / file for file in sorted(kept, key=Path.as_posix)]
 
 
-def _named_splits(files: list[Path]) -> dict[Path, Split]:
-    """Returns the split of each file where names tell them all, and nothing where none do."""
-    named: dict[Path, Split] = {
-        file: "train" if match[1] == "train" else "valid"
-        for file in files
-        if (match := _NAMED_SPLIT.match(file.name))
-    }
-    if set(named.values()) != set(SPLITS):
-        return {}
-    strays = [file for file in files if file not in named]
+def _named_splits(files: list[Path], root: Path) -> tuple[str, dict[Path, Split]] | None:
+    """Returns the split of each file where names tell them all, and whose names; or None.
+
+    Those of the files themselves come before those of the directories under ``root`` that they are
+    in, of which the innermost that tells decides.
+    """
+    strays: list[Path] = []
+    for kind, part in (("file", slice(-1, None)), ("directory", slice(-2, None, -1))):
+        named: dict[Path, Split] = {}
+        for file in files:
+            matches = map(_NAMED_SPLIT.match, file.relative_to(root).parts[part])
+            if match := next(filter(None, matches), None):
+                named[file] = "train" if match[1] == "train" else "valid"
+        if set(named.values()) == set(SPLITS):
+            if len(named) == len(files):
+                return f"{kind} names", named
+            strays = strays or [file for file in files if file not in named]
     if strays:
         raise UserError(
-            f"{strays[0]} is named neither train* nor valid* like the files beside it; rename it "
-            f"or move it elsewhere ({len(strays)} such)"
+            f"{strays[0]} is named neither train* nor valid* like others in {root}, nor is a "
+            f"directory of its; rename it or move it elsewhere ({len(strays)} such)"
         )
-    return named
+    return None
 
 
 def _read(file: Path) -> Iterator[str]:

@@ -17,17 +17,14 @@ from typing import Any
 
 from train.config import value_of
 from train.errors import UserError
+from train.main import STOPPED
 
 POLL = 0.2
 """Seconds between looks at the processes."""
 
 USER_ERROR, INTERRUPTED = 2, 130
-FINAL = (USER_ERROR, INTERRUPTED)
-"""Exit statuses of ``train.main`` after which nothing is gained by starting it again."""
-
-STOPPED = 128 + signal.SIGTERM
-"""Exit status where a run was asked to end, and saved: what starts jobs again is not to take it for
-done. (Gone on with, a run that was done already says so and ends with 0.)"""
+FINAL = (USER_ERROR, INTERRUPTED, STOPPED)
+"""Exit statuses of ``train.main`` after which it is not started again."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -47,7 +44,8 @@ def launch(flags: Sequence[str], processes: int | None, restarts: int) -> int:
     """Runs ``train.main`` with ``flags`` until it ends by itself; returns its exit status.
 
     SIGTERM, SIGINT and SIGHUP are handed on as SIGTERM, so that the run saves and ends; it is not
-    started again then.
+    started again then. One that another host's launcher had save and end is not either: all of them
+    return ``STOPPED``.
 
     Raises:
         UserError: no --run_dir, a coordinator besides ``processes``, or numbers that start nothing.
@@ -71,8 +69,6 @@ def launch(flags: Sequence[str], processes: int | None, restarts: int) -> int:
             began = Path(run_dir, "config.json").is_file()
             resume = ["--resume"] if began and "--resume" not in flags else []
             status = _attempt([*flags, *resume], processes, terminated)
-            if terminated.received and status == 0:
-                return STOPPED
             if status in (0, *FINAL) or terminated.received:
                 return status
     return status
@@ -93,7 +89,7 @@ def _attempt(flags: Sequence[str], processes: int | None, terminated: "_Terminat
                 for process in running:
                     process.terminate()
             statuses = [process.poll() for process in running]
-            failed = [i for i, status in enumerate(statuses) if status]
+            failed = [i for i, status in enumerate(statuses) if status not in (None, 0, STOPPED)]
             if failed:
                 # What is not complete without it is not completed: nothing to wait for. One that
                 # has a mistake to tell may take others with it.
@@ -103,7 +99,7 @@ def _attempt(flags: Sequence[str], processes: int | None, terminated: "_Terminat
                 _say(f"process {first} of {len(running)} here ended {_how(status)}")
                 return status
             if None not in statuses:
-                return 0
+                return STOPPED if STOPPED in statuses else 0
             time.sleep(POLL)
     finally:
         for process in running:

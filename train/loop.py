@@ -19,7 +19,7 @@ from train.compare import read_metrics
 from train.config import TrainConfig
 from train.data import Corpus
 from train.errors import UserError
-from train.metrics import Mute, ProgressLine, RunLog
+from train.metrics import Mute, ProgressLine, RunLog, set_aside
 from train.plan import peak_bytes
 from train.profile import Profile
 from train.step import Trainer, TrainState
@@ -62,10 +62,18 @@ def train(
             checkpoints.restore(start, trainer.abstract_state()) if start else trainer.placed_init()
         )
         speaks = processes.is_first()
+        aside = set_aside(run_dir) if speaks and not start else None
         with (
             closing(RunLog(run_dir, start) if speaks else Mute()) as log,
             closing(ProgressLine(config.steps, start) if speaks else Mute()) as line,
         ):
+            if 0 < start < config.steps:
+                line.say(f"going on from step {start}")
+            if aside is not None:
+                line.say(
+                    f"warning: {run_dir} has steps but no checkpoint: beginning again at step 0; "
+                    f"their log is kept in {aside.name}"
+                )
             if checkpoints.in_parts(trainer.abstract_state()):
                 line.say(
                     "checkpoints go in parts of at most "

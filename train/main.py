@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,12 +24,20 @@ REMEDIES = {
 }
 """What to do about a run directory that cannot be written; else there is no room in it."""
 
+STOPPED = 128 + signal.SIGTERM
+"""Exit status, of every process, where a signal ended the run before its last step, and it was
+saved: what starts jobs again is not to take it for done."""
+
 SHARE_ALONE, SHARE_OF_MESH = "0.95", "0.9"
 """Of a GPU's memory that a run takes as it begins; a mesh's collectives have buffers beside it."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Parses, builds and runs; returns the exit status: 0, or 2 after a mistake of the user's."""
+    """Parses, builds and runs; returns the exit status.
+
+    That is 0 of a run that is done, ``STOPPED`` of one that was interrupted and saved, 130 of one
+    that was stopped at once, and 2 after a mistake of the user's.
+    """
     try:
         return run(parse(sys.argv[1:] if args is None else args))
     except UserError as error:
@@ -114,6 +123,7 @@ def _run(config: TrainConfig) -> int:
             seq_len=config.seq_len,
             batch_size=config.batch_size,
             valid_sequences=placed.shards,
+            share=(jax.process_index(), jax.process_count()),
         )
         if corpus.tokenizer.vocab_size > config.llama.vocab_size:
             raise UserError(
@@ -150,7 +160,7 @@ def _run(config: TrainConfig) -> int:
     def prepare_run_dir() -> str:
         every, saved = config.checkpoint.every, planned.saved
         # One more than is kept, since the oldest goes when the newest is there; some may be there.
-        more = config.checkpoint.keep + 1 - rundir.checkpoints(run_dir) if every else 1
+        more = config.checkpoint.keep + 1 - len(rundir.saved_steps(run_dir)) if every else 1
         try:
             rundir.check_space(run_dir, max(more, 1) * saved)
         except UserError as error:
@@ -180,9 +190,14 @@ def _run(config: TrainConfig) -> int:
         raise UnsharedError(
             f"cannot write to {run_dir}: {error.strerror or error}; {remedy} and add --resume"
         ) from error
+    status = STOPPED if outcome.interrupted else 0
     if not processes.is_first():
-        return 0
-    if outcome.interrupted:
+        return status
+    if outcome.interrupted and jax.process_count() > 1:
+        # No one command does it, and what process and mesh they are of is told by flags again.
+        again = "start all processes again with the same flags and --resume"
+        print(f"saved step {outcome.step}; to go on, {again}")
+    elif outcome.interrupted:
         print(f"saved step {outcome.step}; go on with {program()} --run_dir={run_dir} --resume")
     elif outcome.valid_loss is None:
         print(f"done already, at step {outcome.step}; see {run_dir}/loss.png")
@@ -190,7 +205,7 @@ def _run(config: TrainConfig) -> int:
         print(
             f"done: validation loss {outcome.valid_loss:.4f} nats a token; see {run_dir}/loss.png"
         )
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, health.jsonl, TensorBoard events, and the progress line."""
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -83,6 +84,23 @@ class Mute:
 
     def close(self) -> None:
         """Has nothing to close."""
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Gives the logs of a run that begins again a free name, such as metrics-1.jsonl.
+
+    Returns:
+        Where its metrics are now; None if it had written none.
+    """
+    if not (run_dir / METRICS).is_file() or not (run_dir / METRICS).stat().st_size:
+        return None
+    taken = {path.name for path in run_dir.iterdir()}
+    names = ((f"metrics-{n}.jsonl", f"health-{n}.jsonl") for n in itertools.count(1))
+    metrics, health = next(pair for pair in names if taken.isdisjoint(pair))
+    (run_dir / METRICS).rename(run_dir / metrics)
+    if HEALTH in taken:
+        (run_dir / HEALTH).rename(run_dir / health)
+    return run_dir / metrics
 
 
 def _open_at(path: Path, start_step: int) -> TextIO:

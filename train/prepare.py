@@ -77,7 +77,7 @@ class Config:
 
 
 def prepare(config: Config) -> str:
-    """Writes the shards; returns a line that sums up what was written.
+    """Writes the shards; returns lines that sum up what was written.
 
     Raises:
         UserError: The text or the tokenizer cannot be used, or `config.out` cannot be written.
@@ -112,7 +112,9 @@ def prepare(config: Config) -> str:
     return (
         f"{out}: {sum(documents.counts.values()):,} documents, {num_tokens:,} tokens of "
         f"{tokenizer.vocab_size:,}, {sum(documents.text_bytes.values()) / num_tokens:.2f} bytes "
-        "per token"
+        "per token\n"
+        f"{documents.counts['train']:,} documents for training and {documents.counts['valid']:,} "
+        f"for validation, split by {documents.rule}"
     )
 
 

@@ -15,7 +15,7 @@ from train.config import TrainConfig, report_error
 from train.errors import UnsharedError, UserError
 
 MEETING = 600
-"""Seconds for which a process waits for those that come up late."""
+"""Seconds for which a process waits for those that come up late; XLA then aborts it."""
 
 SILENCE = 30
 """Seconds of silence after which a process counts as dead, and the others stop."""
@@ -33,14 +33,18 @@ def joined(config: TrainConfig) -> Iterator[None]:
     coordinator misses this process's heartbeats for ``SILENCE`` seconds. A mistake that all of them
     met is told, and they part in order.
 
+    Where the others are not there within ``MEETING`` seconds, XLA ends the process by SIGABRT, with
+    a trace of its own, and no exception.
+
     Raises:
-        UserError: the others were not there within ``MEETING`` seconds.
+        UserError: there is no cluster for ``auto``, or the coordinator's port is taken.
         SystemExit: after a mistake that was told.
     """
     if config.coordinator is None:
         yield
         return
-    print(f"waiting for all processes at {config.coordinator}", file=sys.stderr, flush=True)
+    # All that tells what was waited for, where XLA ends it.
+    print(f"waiting for {_awaited(config)}", file=sys.stderr, flush=True)
     # Between CPUs, programs that are under way at once would mix up their messages.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     address = None if config.coordinator == "auto" else config.coordinator
@@ -81,6 +85,17 @@ def joined(config: TrainConfig) -> Iterator[None]:
         os._exit(1)
     else:
         jax.distributed.shutdown()
+
+
+def _awaited(config: TrainConfig) -> str:
+    """The processes that meet, which of them this is, and what becomes of it without the others."""
+    who = "all processes that the cluster tells of"
+    if config.coordinator != "auto":
+        who = (
+            f"all {config.num_processes} processes at {config.coordinator}, "
+            f"this one being process {config.process_id}"
+        )
+    return f"{who}; XLA aborts this one if they are not there within {MEETING} seconds"
 
 
 def _local_device_ids() -> list[int] | None:

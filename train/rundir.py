@@ -1,5 +1,6 @@
 """The run directory: what it is of, and whether a run may begin or go on in it."""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,10 @@ FREE = ("resume", "plan", "backend", "run_dir", "data", "tokenizer", "eval_every
         "profile")  # fmt: skip
 """Fields that may change when a run goes on: they change no parameter, but for the order in which
 float32 numbers are added (data goes by content)."""
+
+FREE_OF_MODEL = ("remat", "loss_chunk", "attention")
+"""Fields of the model that may change too: they say how it is computed, within rounding, and no
+shape of it. Another mesh may need others."""
 
 
 def check(run_dir: Path, config: TrainConfig) -> None:
@@ -80,10 +85,11 @@ def check_space(run_dir: Path, needed: int) -> None:
         )
 
 
-def checkpoints(run_dir: Path) -> int:
-    """How many checkpoints the run directory holds."""
+def saved_steps(run_dir: Path) -> list[int]:
+    """The steps of the complete checkpoints in the run directory, ascending."""
     place = run_dir / "checkpoints"
-    return sum(entry.name.isdigit() for entry in place.iterdir()) if place.is_dir() else 0
+    entries = place.iterdir() if place.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
 
 
 def _size(count: int) -> str:
@@ -132,12 +138,17 @@ def write(
 
 
 def identity(config: TrainConfig) -> str:
-    """A digest of the settings that have a part in the parameters."""
-    return hashlib.sha256(json.dumps(_identity(to_dict(config))).encode()).hexdigest()
+    """A digest of the settings that have a part in the parameters, or in all processes' program."""
+    same = _identity(to_dict(config)) | {"llama": dataclasses.asdict(config.llama)}
+    return hashlib.sha256(json.dumps(same).encode()).hexdigest()
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in FREE}
+    same = {name: value for name, value in config.items() if name not in FREE}
+    model = same.get("llama")
+    if isinstance(model, dict):
+        same["llama"] = {name: value for name, value in model.items() if name not in FREE_OF_MODEL}
+    return same
 
 
 def _version(package: str) -> str | None:

@@ -18,6 +18,7 @@ from tiny_run import interrupt_at, lines_of, saved_arrays
 from train.checkpoint import Checkpoints, parts
 from train.config import CheckpointConfig
 from train.errors import UserError
+from train.main import STOPPED
 from train.step import TrainState
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +190,7 @@ def test_a_run_that_saves_only_when_interrupted(runs, tmp_path, monkeypatch):
     assert len(lines_of(run_dir)) == 12
 
     interrupt_at(monkeypatch, 5)
-    assert runs.tiny(tmp_path / "other", "--checkpoint.every=0") == 0
+    assert runs.tiny(tmp_path / "other", "--checkpoint.every=0") == STOPPED
     assert kept(tmp_path / "other") == [5]
 
 
@@ -203,7 +204,7 @@ def test_lines_are_on_disk_before_the_checkpoint_after_them(runs, tmp_path, monk
 
     monkeypatch.setattr(Checkpoints, "save", look)
     interrupt_at(monkeypatch, 11)
-    assert runs.tiny(tmp_path / "run", "--checkpoint.every=2", "--eval_every=5") == 0
+    assert runs.tiny(tmp_path / "run", "--checkpoint.every=2", "--eval_every=5") == STOPPED
     assert found == [(step, step) for step in (2, 4, 6, 8, 10, 11)]
 
 

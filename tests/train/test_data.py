@@ -7,6 +7,7 @@ import tokenize
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -219,6 +220,33 @@ class TestDocuments:
         with pytest.raises(UserError, match=r"LICENSE is named neither train\* nor valid\*"):
             documents.Documents(str(tmp_path))
 
+    @pytest.mark.parametrize("valid", ["valid", "validation", "val", "val-2024/part"])
+    def test_names_of_directories_decide_where_they_tell(self, valid: str, tmp_path: Path) -> None:
+        # The names of files, which tell of some only, do not.
+        for name, texts in (("train", TEXTS[:30]), (valid, TEXTS[30:])):
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "train.jsonl").write_bytes(jsonl(texts))
+            (tmp_path / name / "z.jsonl").write_bytes(jsonl([texts[0]]))
+        assert split_of(tmp_path) == (
+            [*TEXTS[:30], TEXTS[0]],
+            [*TEXTS[30:], TEXTS[30]],
+        )
+        (tmp_path / "LICENSE").write_text("free")
+        with pytest.raises(UserError, match=r"LICENSE is named neither .* nor is a directory of"):
+            documents.Documents(str(tmp_path))
+
+    def test_names_of_files_come_before_those_of_directories(self, tmp_path: Path) -> None:
+        for name, texts in (("train", TEXTS[:30]), ("valid", TEXTS[30:])):
+            (tmp_path / "train-data").mkdir(exist_ok=True)
+            (tmp_path / "train-data" / f"{name}.jsonl").write_bytes(jsonl(texts))
+        assert split_of(tmp_path) == (TEXTS[:30], TEXTS[30:])
+
+    def test_the_name_of_all_that_is_given_does_not_decide(self, tmp_path: Path) -> None:
+        write_texts(tmp_path / "train", TEXTS)
+        (tmp_path / "train" / "valid").mkdir()
+        (tmp_path / "train" / "valid" / "z.txt").write_text("z")
+        assert documents.Documents(str(tmp_path / "train")).counts["valid"] > 1
+
     def test_other_names_do_not_decide(self, tmp_path: Path) -> None:
         write_texts(tmp_path, TEXTS)
         (tmp_path / "trainer.py").write_text("a = 1")
@@ -302,6 +330,12 @@ class TestMistakes:
             ("a.py", b"# coding: undefined\n", r"a\.py is not text in the encoding it declares"),
             ("a.parquet", b"PAR1", r"a\.parquet is not a sound parquet file"),
             ("a.txt", b"", "holds no text"),
+            (
+                "c4-train.00000.json.gz",
+                gzip.compress(jsonl(TEXTS)),
+                r"name it \.jsonl \(or \.jsonl",
+            ),
+            ("a.JSON", jsonl(TEXTS), r"a\.JSON is not read, .* name it \.jsonl"),
         ],
     )
     def test_bad_file(self, name: str, content: bytes, match: str, tmp_path: Path) -> None:
@@ -376,6 +410,32 @@ class TestPrepared:
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
         self.refused(prepared, rf"{split}-00000\.bin has SHA-256 \w{{64}} and \w{{64}} is expected")
+
+    def test_processes_share_the_check(
+        self, prepared: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[str] = []
+        check = data._check
+
+        def noted(file: Path, *rest: Any) -> None:
+            read.append(file.name)
+            check(file, *rest)
+
+        monkeypatch.setattr(data, "_check", noted)
+        for number in range(3):
+            data.load(str(prepared), seq_len=4, batch_size=1, share=(number, 3))
+        assert sorted(read) == sorted(file.name for file in prepared.glob("*.bin"))
+        # Of one that another reads, the size is known at least.
+        shard = prepared / "train-00001.bin"
+        content = bytearray(shard.read_bytes())
+        content[0] ^= 1
+        shard.write_bytes(content)
+        data.load(str(prepared), seq_len=4, batch_size=1, share=(0, 3))
+        with pytest.raises(UserError, match=r"train-00001\.bin has SHA-256"):
+            data.load(str(prepared), seq_len=4, batch_size=1, share=(1, 3))
+        shard.write_bytes(content[:-2])
+        with pytest.raises(UserError, match=r"train-00001\.bin has 196 bytes and 198 are"):
+            data.load(str(prepared), seq_len=4, batch_size=1, share=(0, 3))
 
     @pytest.mark.parametrize("change", [-1, 1])
     def test_wrong_size(self, change: int, prepared: Path) -> None:

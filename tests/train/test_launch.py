@@ -15,7 +15,7 @@ from train import launch
 
 # Stands for train.main: writes down its flags, and ends by the statuses in a file, one a start.
 PROGRAM = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 run_dir = Path(next(f for f in sys.argv if f.startswith("--run_dir=")).split("=")[1])
 number = next((f[-1] for f in sys.argv if f.startswith("--process_id=")), "0")
@@ -28,6 +28,9 @@ if status < 0:
     os.kill(os.getpid(), -status)
 if status == 99:
     signal.pause()
+if status == 98:
+    time.sleep(1)
+    status = 143
 sys.exit(status)
 """
 
@@ -45,7 +48,7 @@ launch.subprocess.Popen = Popen
 sys.exit(launch.main(flags))
 """
 
-# Writes down the signals that arrive in the second after the first, and ends.
+# Writes down the signals that arrive in the second after the first, and ends with a given status.
 LISTENING = """
 import signal, sys, time
 received = []
@@ -58,6 +61,7 @@ end = time.monotonic() + 1
 while time.monotonic() < end:
     time.sleep(0.05)
 print(*received, flush=True)
+sys.exit(int(sys.argv[-1]))
 """
 
 
@@ -110,6 +114,13 @@ def test_a_mistake_of_one_that_ends_others_is_what_is_told(launched):
     assert "process 1 of 2 here ended with status 2" in said
 
 
+def test_what_was_interrupted_is_not_done_and_does_not_start_again(launched):
+    # By a signal to another host: this launcher has received none. The second saves for longer.
+    status, (first, second), said = launched({"0": [143], "1": [98]}, "--processes=2")
+    assert status == 143 and len(first) == len(second) == 1
+    assert "ended" not in said
+
+
 def test_no_more_than_so_many_times(launched):
     status, (starts,), _ = launched({"0": [1, 1, 1]}, "--restarts=1")
     assert status == 1 and len(starts) == 2
@@ -126,10 +137,15 @@ def test_one_that_dies_ends_the_others(launched):
     assert "ended by SIGKILL" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_all_in_the_terminal_reaches_the_run_once(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 143), (signal.SIGHUP, 143), (signal.SIGHUP, 0)],
+    ids=["Ctrl-C", "closed", "closed as it is done"],
+)
+def test_a_signal_to_all_in_the_terminal_reaches_the_run_once(tmp_path, number, status):
     (tmp_path / "program.py").write_text(LISTENING)
-    command = [sys.executable, "-c", LAUNCHED, tmp_path / "program.py", f"--run_dir={tmp_path}"]
+    command = [sys.executable, "-c", LAUNCHED, tmp_path / "program.py"]
+    command += [f"--run_dir={tmp_path}", str(status)]
     root = Path(__file__).parents[2]
     with subprocess.Popen(
         command, cwd=root, stdout=subprocess.PIPE, text=True, process_group=0
@@ -140,7 +156,7 @@ def test_a_signal_to_all_in_the_terminal_reaches_the_run_once(tmp_path, number):
             assert launcher.communicate(timeout=30)[0] == "SIGTERM\n"
         finally:
             launcher.kill()  # or what did not end would be waited for
-    assert launcher.returncode == 143
+    assert launcher.returncode == status
 
 
 def test_a_signal_between_two_attempts_ends_it(launched, monkeypatch):

@@ -13,6 +13,7 @@ from jfp4.models.config import MODELS
 from jfp4.recipe import RECIPES
 from train.config import OptimizerConfig, TrainConfig
 from train.loss_scale import LossScale
+from train.main import STOPPED
 from train.step import Trainer
 
 MOMENTS = ("--optimizer.first_moment=e4m3", "--optimizer.second_moment=float16")
@@ -48,7 +49,7 @@ def test_a_run_stopped_and_resumed_is_the_unbroken_one(runs, tmp_path, monkeypat
     assert runs.tiny(tmp_path / "unbroken", *flags) == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 7)
-        assert runs.tiny(tmp_path / "run", *flags) == 0
+        assert runs.tiny(tmp_path / "run", *flags) == STOPPED
     assert runs.resume(tmp_path / "run") == 0
     expected = saved_arrays(tmp_path / "unbroken", 12)
     assert_same_arrays(saved_arrays(tmp_path / "run", 12), expected)

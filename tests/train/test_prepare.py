@@ -100,6 +100,29 @@ def test_writes_what_meta_says(
     assert capsys.readouterr().out == (
         f"{out}: 80 documents, {len(ids):,} tokens of 300, "
         f"{num_bytes / len(ids):.2f} bytes per token\n"
+        f"{meta['documents']['train']} documents for training and {meta['documents']['valid']} for "
+        "validation, split by a hash of their text\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "counts", "rule"),
+    [
+        (["a.txt"], (1, 1), "cutting the only one in two"),
+        (["a.txt", "train.txt"], (1, 1), "a hash of their text"),
+        (["train-0.txt", "train-1.txt", "val.txt"], (2, 1), "file names"),
+        (["train/a.txt", "validation/b.txt", "validation/c.txt"], (1, 2), "directory names"),
+    ],
+)
+def test_says_what_split_the_documents(
+    names: list[str], counts: tuple[int, int], rule: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / name).write_text(f"{name}\n" * 99)
+    config = prepare.Config(str(tmp_path / "text"), str(tmp_path / "out"), tokenizer="bytes")
+    assert prepare.prepare(config).splitlines()[1] == (
+        f"{counts[0]} documents for training and {counts[1]} for validation, split by {rule}"
     )
 
 

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from tiny_run import assert_same_arrays, lines_of, saved_arrays
 
+from train import processes
+from train.config import parse
 from train.launch import _meeting
+from train.main import STOPPED
 
 ROOT = Path(__file__).parents[2]
 DEVICES = 4
@@ -156,7 +159,7 @@ def two(group, tmp_path_factory):
     early = group._start(f"--run_dir={run_dir}", *first, devices=2, killed_at=None)
     with ended([early]):
         lines = iter(early.stdout.readline, "")
-        assert any(line.startswith("waiting for all processes") for line in lines)
+        assert any(line.startswith("waiting for all 2 processes at 127.0.0.1:") for line in lines)
         # The other one has yet to start its interpreter: this one does wait for seconds.
         late = group._start(f"--run_dir={run_dir}", *second, devices=2, killed_at=None)
         with ended([late]):
@@ -203,8 +206,10 @@ def test_sigterm_to_one_of_four_saves_on_all_and_one_goes_on_elsewhere(group, tw
         assert running[0].poll() is None, "".join(said)
         running[3].send_signal(signal.SIGTERM)
         said = "".join(process.communicate(timeout=60)[0] for process in running)
-    assert [process.returncode for process in running] == [0] * 4, said
-    stopped = int(re.search(r"saved step (\d+); go on", said)[1])
+    assert [process.returncode for process in running] == [STOPPED] * 4, said
+    # A single command would not go on with it.
+    go_on = "to go on, start all processes again with the same flags and --resume"
+    stopped = int(re.search(rf"saved step (\d+); {go_on}\n", said)[1])
     assert 5 <= stopped < 24
     group.run(1, run_dir, "--resume", "--mesh=data=2,fsdp=2")
     # Sums in other orders part the runs by less than a tenth of what batches differ by: a batch
@@ -251,6 +256,15 @@ def test_what_one_alone_cannot_write_is_told_at_once(group, tmp_path):
     # Nothing follows it, such as how the runtime aborts.
     message = f"cannot write to {tmp_path}/run: No space left on device; make room and add --resume"
     assert said.splitlines()[-1] == f"error: {message}"
+
+
+def test_what_is_waited_for_is_told_before_it_is_too_late_to_speak():
+    flags = ("--coordinator=host0:7654", "--num_processes=4", "--process_id=2")
+    rest = "; XLA aborts this one if they are not there within 600 seconds"
+    assert processes._awaited(parse(flags)) == (
+        f"all 4 processes at host0:7654, this one being process 2{rest}"
+    )
+    assert processes._awaited(parse(["--coordinator=auto"])).endswith(f"cluster tells of{rest}")
 
 
 def test_a_process_has_all_devices_unless_slurm_runs_several_on_its_host():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from train import loop
 from train.batches import batches
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig, program
+from train.main import STOPPED
 from train.step import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +53,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 7, number)
-        assert runs.tiny(run_dir) == 0
+        assert runs.tiny(run_dir) == STOPPED
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     output = capsys.readouterr().out
     assert output == f"saved step 7; go on with {program()} --run_dir={run_dir} --resume\n"
@@ -59,7 +61,9 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert (run_dir / "loss.png").exists()
     assert (run_dir / "checkpoints" / "7").is_dir()
     assert runs.resume(run_dir) == 0
-    assert capsys.readouterr().out.startswith("done: validation loss ")
+    output, errors = capsys.readouterr()
+    assert output.startswith("done: validation loss ")
+    assert "\ngoing on from step 7\n" in errors
     assert_same_run(run_dir, unbroken)
 
 
@@ -67,11 +71,11 @@ def test_a_run_stopped_at_each_step_and_by_steps_not_logged(runs, unbroken, tmp_
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1)
-        assert runs.tiny(run_dir) == 0
+        assert runs.tiny(run_dir) == STOPPED
     for step in (2, 8, 11):
         with monkeypatch.context() as patch:
             interrupt_at(patch, step)
-            assert runs.resume(run_dir) == 0
+            assert runs.resume(run_dir) == STOPPED
         assert len(lines_of(run_dir)) == step
     assert runs.resume(run_dir) == 0
     assert_same_run(run_dir, unbroken)
@@ -89,9 +93,10 @@ def test_a_signal_before_the_first_step(runs, unbroken, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_interrupts", at_once)
-        assert runs.tiny(run_dir) == 0
+        assert runs.tiny(run_dir) == STOPPED
     assert lines_of(run_dir) == []
     assert runs.resume(run_dir) == 0
+    assert not (run_dir / "metrics-1.jsonl").exists()
     assert_same_run(run_dir, unbroken)
 
 
@@ -146,9 +151,29 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
         patch.setattr(loop, "batches", lost)
         assert runs.tiny(run_dir) == 130
     assert "stopped at once" in capsys.readouterr().err
+    lost_lines = (run_dir / "metrics.jsonl").read_bytes()
     assert len(lines_of(run_dir)) == 3
     assert runs.resume(run_dir) == 0
     assert_same_run(run_dir, unbroken)
+    said = (
+        f"warning: {run_dir} has steps but no checkpoint: beginning again at step 0; their log is "
+        "kept in metrics-1.jsonl"
+    )
+    assert said in capsys.readouterr().err.splitlines()
+    assert (run_dir / "metrics-1.jsonl").read_bytes() == lost_lines
+
+
+def test_a_finished_run_that_saved_nothing_keeps_every_log(runs, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert runs.tiny(run_dir, "--checkpoint.every=0") == 0
+    logs = {name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "health.jsonl")}
+    (run_dir / "health-1.jsonl").touch()  # a name that is not free
+    capsys.readouterr()
+    assert runs.resume(run_dir) == 0
+    assert "beginning again at step 0; their log is kept in metrics-2" in capsys.readouterr().err
+    for name, content in logs.items():
+        assert (run_dir / name.replace(".", "-2.")).read_bytes() == content
+    assert len(lines_of(run_dir)) == 12
 
 
 def test_a_finished_run_stays_as_it_is(runs, tmp_path, capsys):
@@ -164,7 +189,7 @@ def test_a_finished_run_stays_as_it_is(runs, tmp_path, capsys):
 def stopped(runs, run_dir, monkeypatch, *flags):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
-        assert runs.tiny(run_dir, *flags) == 0
+        assert runs.tiny(run_dir, *flags) == STOPPED
     return run_dir
 
 
@@ -180,6 +205,18 @@ def test_what_changes_no_parameter_may_change(runs, unbroken, tmp_path, monkeypa
     assert losses == [line["loss"] for line in lines_of(unbroken)]
     assert [line["step"] for line in lines_of(run_dir) if "valid_loss" in line] == [4, 6, 9, 12]
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["12"]
+
+
+def test_a_run_goes_on_with_another_remat(runs, unbroken, tmp_path, monkeypatch):
+    run_dir = stopped(runs, tmp_path / "run", monkeypatch)
+    assert runs.resume(run_dir, "--model.remat=full") == 0
+    assert json.loads((run_dir / "config.json").read_text())["config"]["llama"]["remat"] == "full"
+    found, wanted = saved_arrays(run_dir, 12), saved_arrays(unbroken, 12)
+    assert {name: a.shape for name, a in found.items()} == {n: a.shape for n, a in wanted.items()}
+    found, wanted = (np.array([line["loss"] for line in lines_of(r)]) for r in (run_dir, unbroken))
+    np.testing.assert_array_equal(found[:5], wanted[:5])
+    # Rounding parts the runs by less than a tenth of what batches differ by.
+    np.testing.assert_allclose(found, wanted, atol=0.1 * np.mean(np.abs(np.diff(wanted))))
 
 
 def test_run_dir_may_be_spelt_with_a_hyphen(runs, unbroken, tmp_path, monkeypatch):

@@ -65,7 +65,13 @@ def test_another_configuration_is_named(run_dir):
 def test_free_fields_may_change(run_dir):
     free = ("--eval_every=3", "--eval_batches=1", "--log.every=2", "--log.health_every=0")
     more = ("--checkpoint.every=0", "--checkpoint.keep=9", "--data=x", "--tokenizer=bytes")
-    rundir.check(run_dir, config("--resume", "--profile=3", *free, *more))
+    model = ("--model.remat=full", "--model.attention=cudnn", "--model.loss_chunk=64")
+    rundir.check(run_dir, config("--resume", "--profile=3", *free, *more, *model))
+
+
+def test_processes_have_the_same_model_to_the_last_field():
+    assert rundir.identity(config()) == rundir.identity(config("--log.every=2"))
+    assert rundir.identity(config()) != rundir.identity(config("--model.remat=full"))
 
 
 def test_nothing_to_resume(tmp_path):
@@ -100,7 +106,7 @@ def test_space(tmp_path):
 
 
 def test_checkpoints_that_are_there_are_counted(tmp_path):
-    assert rundir.checkpoints(tmp_path) == 0
+    assert rundir.saved_steps(tmp_path) == []
     for name in ("4", "8", "12.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert rundir.checkpoints(tmp_path) == 2
+    assert rundir.saved_steps(tmp_path) == [4, 8]
