@@ -209,7 +209,8 @@ def apply_gradients(
 
 
 def _check_same_tree(grads: Any, stored: Any) -> None:
-    if jax.tree.structure(grads, is_leaf=is_slices) == jax.tree.structure(stored):
+    structure: Any = jax.tree.structure(stored)
+    if jax.tree.structure(grads, is_leaf=is_slices) == structure:
         return
     found, expected = (
         {
