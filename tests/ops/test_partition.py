@@ -204,7 +204,7 @@ def test_products_of_no_kernel_are_summed_as_asked(found, name, products, case, 
     assert dx_off <= 1
     # In float32 sums differ by their order alone, which bounds each element.
     assert (dw_off if case.startswith("float32") else distance) <= most
-    assert distance > least
+    assert distance >= least
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
