@@ -58,7 +58,7 @@ def run(log: Log, quick: bool) -> dict[str, Any]:
     """Every product at every shape."""
     rows, weights = ((16384, 2048), WEIGHTS[:1]) if quick else (ROWS, WEIGHTS)
     few, gradients = ((1, 64), GRADIENTS[:1]) if quick else (FEW_ROWS, GRADIENTS)
-    # As many rounds as there are sides, so that each comes after each other one once.
+    # As many rounds as products of codes have sides: there each comes after each other one once.
     options = {"calls": 4, "rounds": 3} if quick else {"calls": 6, "rounds": 8}
     lines = functools.partial(table_of, log, options)
     large = lines(codes_contenders, [(m, k, n) for k, n in weights for m in rows])
