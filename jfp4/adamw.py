@@ -32,8 +32,9 @@ class AdamW:
     ``transformation`` is it as a chain for optax. ``step`` applies that chain to stored parameters
     (``jfp4.master``), and by one kernel a leaf where there are kernels (``jfp4.backends``): the
     chain's arithmetic, which reads each byte of gradient, parameters and moments once and writes
-    what is new in place. The two differ by float32's rounding of two products with reciprocals
-    where the chain divides; the state is the same tree, so that either goes on from the other's.
+    what is new in place. The two differ by float32's roundings, of products with reciprocals where
+    the chain divides and of sums that are fused with a product; the state is the same tree, so that
+    either goes on from the other's.
 
     Attributes:
         learning_rate: a number, or a schedule: a function of the count of steps taken.

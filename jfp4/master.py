@@ -105,7 +105,9 @@ def apply_updates(stored: Any, updates: Any, key: UInt32[Array, ""]) -> Any:
         value = decode(leaf) + update
         if leaf.dtype == jnp.float32:
             return value
-        return _store(value, leaf.dtype, random_bits(stochastic_key(key, number), leaf.shape))
+        width = 16 if leaf.dtype == jnp.bfloat16 else 32
+        bits = random_bits(stochastic_key(key, number), leaf.shape, width)
+        return _store(value, leaf.dtype, bits)
 
     return jax.tree.map(apply, numbered(stored), stored, updates)
 

@@ -80,8 +80,8 @@ void UpdateRow(const AdamW& args, int64_t slice, int64_t row_of_slice) {
                                                  {param[i] * (1 / factor), first[i], second[i]});
       param[i] = next.param;
       if (args.param_type != DType::kF32) {
-        const uint32_t bits =
-            adamw::Mix(row_key(keys.param) ^ static_cast<uint32_t>(of_tensor + i));
+        const uint32_t bits = adamw::ParamBits(args.param_type, row_key(keys.param),
+                                               static_cast<uint32_t>(of_tensor + i));
         param[i] = adamw::RoundStochastically(next.param * factor, grid, bits);
       }
       first[i] = next.first;

@@ -225,7 +225,7 @@ __device__ __forceinline__ adamw::Grid GridOf(DType type) {
 __device__ __forceinline__ float RoundParam(float v, DType type, uint32_t row, uint32_t column) {
   if (type == DType::kF32) return v;
   return adamw::RoundStochastically(__fmul_rn(v, Factor(type)), GridOf(type),
-                                    adamw::Mix(row ^ column));
+                                    adamw::ParamBits(type, row, column));
 }
 
 __device__ __forceinline__ float RoundMoment(float v, Moment type, bool stochastic, uint32_t row,
@@ -259,38 +259,34 @@ struct Exponents {
   }
 };
 
-// --- roots and quotients of numbers that need no care ---
+// --- roots and reciprocals of numbers that need no care ---
 
-// The largest and the least magnitudes of a thread's moments, as bits, which sort as they do, with
-// NaN above all.
+// The largest magnitudes of a thread's moments, and the least second one, as bits, which sort as
+// they do, with NaN above all.
 struct Range {
-  uint32_t most_first = 0, most_second = 0;
-  uint32_t least_second = ~0u;
-  uint32_t least_first = ~0u;  // of those that are not zero: twice the bits less one
+  uint32_t most_first = 0, most_second = 0, least_second = ~0u;
 
   __device__ __forceinline__ Range(const float (&first)[kEach], const float (&second)[kEach]) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       most_first = max(most_first, MagnitudeBits(first[i]));
-      least_first = min(least_first, 2 * __float_as_uint(first[i]) - 1);
       // A second moment is never negative.
       most_second = max(most_second, __float_as_uint(second[i]));
       least_second = min(least_second, __float_as_uint(second[i]));
     }
   }
 
-  // Whether on the way to roots and quotients, in the sequences below, nothing overflows or is
+  // Whether on the way to roots and reciprocals, in the sequences below, nothing overflows or is
   // subnormal.
   __device__ __forceinline__ bool IsUsual(const AdamW& args, const AdamW::Rates& rates) const {
     const auto within = [](float v, float lo, float hi) { return (v >= lo) & (v <= hi); };
-    return (least_first >= 2 * __float_as_uint(0x1p-80f) - 1) &
-           (most_first <= __float_as_uint(0x1p40f)) & (least_second >= __float_as_uint(0x1p-90f)) &
-           (most_second <= __float_as_uint(0x1p20f)) & within(rates.first_correction, 1, 0x1p8f) &
-           within(rates.second_correction, 1, 0x1p8f) & within(args.eps, 0, 0x1p10f);
+    return (least_second >= __float_as_uint(0x1p-90f)) &
+           (most_second <= __float_as_uint(0x1p20f)) & within(rates.second_correction, 1, 0x1p8f) &
+           within(args.eps, 0, 0x1p10f);
   }
 };
 
-// The correctly rounded root, and below the quotient, by the compiler's own sequences for them
+// The correctly rounded root, and below the reciprocal, by the compiler's own sequences for them
 // (Markstein, IBM J. Res. Dev. 34, 1990), which it guards by a branch an operation.
 __device__ __forceinline__ float UsualRoot(float x) {
   float reciprocal;
@@ -299,14 +295,10 @@ __device__ __forceinline__ float UsualRoot(float x) {
   return __fmaf_rn(__fmaf_rn(-root, root, x), half, root);
 }
 
-__device__ __forceinline__ float UsualQuotient(float a, float b) {
+__device__ __forceinline__ float UsualReciprocal(float x) {
   float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
-  inverse = __fmaf_rn(__fmaf_rn(-b, inverse, 1), inverse, inverse);
-  float quotient = __fmul_rn(a, inverse);
-  quotient = __fmaf_rn(__fmaf_rn(-b, quotient, a), inverse, quotient);
-  quotient = __fmaf_rn(__fmaf_rn(-b, quotient, a), inverse, quotient);
-  return copysignf(quotient, a);  // a zero has lost it
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return __fmaf_rn(__fmaf_rn(-x, inverse, 1), inverse, inverse);
 }
 
 // What arrays are made of, where the compiler is to know it: to choose among ways to decode, round
@@ -327,7 +319,6 @@ struct Known {
 };
 
 struct Unknown {
-  static bool Fits(const AdamW&) { return true; }
   static __device__ __forceinline__ void Tell(AdamW&) {}
 };
 
@@ -367,25 +358,27 @@ __device__ __forceinline__ bool UpdateBlock(AdamW args, const Blocks& blocks, ui
   }
   const Range range(first, second);
   // A row's bits are those of its key and the column, whose lowest bits here are the element's.
+  const uint32_t key =
+      place.row.param ^ (args.param_type == DType::kBF16 ? column / 2 : column);
   bool usual = range.IsUsual(args, rates) & (column % kEach == 0);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const float root = kCareful ? __fsqrt_rn(second[i]) : UsualRoot(second[i]);
-    const float along = adamw::Numerator(rates, first[i]);
     const float over = adamw::Denominator(args, rates, root);
-    const float direction = kCareful ? __fdiv_rn(along, over) : UsualQuotient(along, over);
-    param[i] = adamw::AdvanceParam(args, rates, FromKept(param[i], args.param_type), direction);
+    const float reciprocal = kCareful ? __frcp_rn(over) : UsualReciprocal(over);
+    param[i] = adamw::AdvanceParam(args, rates, FromKept(param[i], args.param_type), first[i],
+                                   reciprocal);
     if (args.root) second[i] = root;
     if (args.param_type == DType::kF32) continue;
     if (args.param_type == DType::kF16) param[i] = __fmul_rn(param[i], Factor(DType::kF16));
     const adamw::Grid grid = GridOf(args.param_type);
     if constexpr (kCareful) {
-      const uint32_t bits = adamw::Mix(place.row.param ^ (column + i));
+      const uint32_t bits = adamw::ParamBits(args.param_type, place.row.param, column + i);
       param[i] = adamw::RoundStochastically(param[i], grid, bits);
     } else {
       usual &= fabsf(param[i]) <= FLT_MAX;
       if (args.param_type == DType::kF16) usual &= fabsf(param[i]) >= grid.least;
-      const uint32_t bits = adamw::Mix(place.row.param ^ column ^ i);
+      const uint32_t bits = adamw::ParamBits(args.param_type, key, i);
       param[i] = args.param_type == DType::kBF16 ? adamw::CarryNormal(param[i], grid, bits)
                                                  : adamw::RoundNormal(param[i], grid, bits);
     }

@@ -61,7 +61,7 @@ struct AdamW {
 // Does nothing where the rates say that the step is to be skipped.
 cudaError_t LaunchAdamW(const AdamW& args, cudaStream_t stream);
 
-// --- the arithmetic of an element, the same on every platform: float32, all operations rounded ---
+// --- the arithmetic of an element, the same on every platform: float32, each operation rounded ---
 
 #ifdef __CUDACC__
 #define JFP4_HOST_DEVICE __host__ __device__ __forceinline__
@@ -95,11 +95,12 @@ JFP4_HOST_DEVICE float Mul(float a, float b) {
 #endif
 }
 
-JFP4_HOST_DEVICE float Add(float a, float b) {
+// a * b + c, rounded once.
+JFP4_HOST_DEVICE float Fma(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
-  return __fadd_rn(a, b);
+  return __fmaf_rn(a, b, c);
 #else
-  return a + b;
+  return std::fma(a, b, c);
 #endif
 }
 
@@ -130,22 +131,19 @@ JFP4_HOST_DEVICE void AdvanceMoments(const AdamW& c, const AdamW::Rates& rates, 
     first = Clip(first, Mul(c.bound, second));
     second = Mul(second, second);
   }
-  first = Add(Mul(c.rest1, g), Mul(c.b1, first));
-  second = Add(Mul(c.rest2, Mul(g, g)), Mul(c.b2, second));
+  first = Fma(c.rest1, g, Mul(c.b1, first));
+  second = Fma(c.rest2, Mul(g, g), Mul(c.b2, second));
 }
 
-// What the parameter moves along is a quotient of these.
-JFP4_HOST_DEVICE float Numerator(const AdamW::Rates& rates, float first) {
-  return Mul(first, rates.first_correction);
-}
 JFP4_HOST_DEVICE float Denominator(const AdamW& c, const AdamW::Rates& rates, float root) {
-  return Add(Mul(root, rates.second_correction), c.eps);
+  return Fma(root, rates.second_correction, c.eps);
 }
 
+// The reciprocal is the denominator's: a quotient would take twice as many instructions.
 JFP4_HOST_DEVICE float AdvanceParam(const AdamW& c, const AdamW::Rates& rates, float param,
-                                    float direction) {
-  const float update = Add(direction, Mul(c.weight_decay, param));
-  return Add(param, Mul(-rates.learning_rate, update));
+                                    float first, float reciprocal) {
+  const float direction = Mul(Mul(first, rates.first_correction), reciprocal);
+  return Fma(-rates.learning_rate, Fma(c.weight_decay, param, direction), param);
 }
 
 // The element after a step. A NaN stays one.
@@ -153,9 +151,8 @@ JFP4_HOST_DEVICE Element Advance(const AdamW& c, const AdamW::Rates& rates, floa
                                  Element old) {
   float first = old.first, second = old.second;
   AdvanceMoments(c, rates, grad, first, second);
-  const float root = sqrtf(second);
-  const float direction = Numerator(rates, first) / Denominator(c, rates, root);
-  return {AdvanceParam(c, rates, old.param, direction), first, c.root ? root : second};
+  const float root = sqrtf(second), reciprocal = 1.0f / Denominator(c, rates, root);
+  return {AdvanceParam(c, rates, old.param, first, reciprocal), first, c.root ? root : second};
 }
 
 // --- rounding, as jfp4/ops/rounding.py has it ---
@@ -166,6 +163,13 @@ JFP4_HOST_DEVICE uint32_t Mix(uint32_t x) {
   x = (x ^ (x >> 11)) * 0xAC4C1B51;
   x = (x ^ (x >> 15)) * 0x31848BAB;
   return x ^ (x >> 14);
+}
+
+// The bits that a parameter is rounded by, of a row's bits: of bfloat16, which needs 16, two
+// neighbours share a hash, the first its upper half.
+JFP4_HOST_DEVICE uint32_t ParamBits(DType type, uint32_t row, uint32_t column) {
+  if (type != DType::kBF16) return Mix(row ^ column);
+  return Mix(row ^ column >> 1) << column % 2 * 16;
 }
 
 // What a float32 is rounded to: its mantissa's explicit bits, and the power of two under which
@@ -209,7 +213,7 @@ JFP4_HOST_DEVICE float RoundStochastically(float x, Grid grid, uint32_t bits) {
   const float steps = Mul(Value(magnitude), Value(inverse));
   const float below = floorf(steps);
   const float threshold = Mul(static_cast<float>(static_cast<int32_t>(bits >> 8)), 0x1p-24f);
-  const float rounded = threshold < Add(steps, -below) ? Add(below, 1.0f) : below;
+  const float rounded = threshold < steps - below ? below + 1.0f : below;
   return copysignf(Mul(rounded, Value(step)), x);
 }
 

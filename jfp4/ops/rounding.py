@@ -17,7 +17,9 @@ def stochastic_key(*numbers: int | Array) -> UInt32[Array, ""]:
     return key
 
 
-def random_bits(key: UInt32[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+def random_bits(
+    key: UInt32[Array, ""], shape: tuple[int, ...], width: int = 32
+) -> UInt32[Array, "..."]:
     """Random bits that are a function of (key, element index) alone.
 
     Elementwise integer arithmetic, which XLA fuses into what uses it: bits of ``jax.random`` for a
@@ -26,11 +28,20 @@ def random_bits(key: UInt32[Array, ""], shape: tuple[int, ...]) -> UInt32[Array,
 
     Rows and columns are hashed one after the other, so that an array may have over 2**32 elements;
     within a row no two elements have the same bits.
+
+    Args:
+        key: of ``stochastic_key``.
+        shape: of the array; its last axis is a row.
+        width: how many of an element's bits are to be random, from the top: 32, or 16, for which
+            two neighbours of a row share a hash, the first its upper half.
     """
     *rows, n = shape or (1,)
     row = lax.iota(jnp.uint32, math.prod(rows)).reshape(*rows, 1)
     column = lax.broadcasted_iota(jnp.uint32, (*rows, n), len(rows))
-    return mix(mix(row + key) ^ column).reshape(shape)
+    if width == 32:
+        return mix(mix(row + key) ^ column).reshape(shape)
+    assert width == 16
+    return (mix(mix(row + key) ^ column >> 1) << (column & 1) * 16).reshape(shape)
 
 
 def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
@@ -61,7 +72,8 @@ def round_to_dtype(
     Args:
         x: values, converted to float32.
         dtype: float16, bfloat16 or a float8 dtype.
-        bits: random bits of ``x``'s shape, of which the upper 24 count; None rounds to nearest.
+        bits: random bits of ``x``'s shape, of which the upper 24 count (16 for bfloat16); None
+            rounds to nearest.
 
     Returns:
         ``x``'s shape in ``dtype``. What exceeds the largest value is an infinity, or NaN in a dtype

@@ -40,11 +40,29 @@ def rounded(x, format, bits):
     return np.copysign((below + up) * step, x)
 
 
-def bits_of(key, rows, columns, first):
+def bits_of(key, rows, columns, first, halves=False):
     """What random_bits gives a slice, from the mixing that tests/ops/test_rounding.py holds."""
     row = np.asarray(mix(jnp.asarray(np.arange(rows, dtype=np.uint32) + key)))
     column = np.arange(columns, dtype=np.uint32) + first
-    return np.asarray(mix(jnp.asarray(row[:, None] ^ column)))
+    if not halves:
+        return np.asarray(mix(jnp.asarray(row[:, None] ^ column)))
+    whole = np.asarray(mix(jnp.asarray(row[:, None] ^ column // 2)))
+    return np.where(column % 2, whole << 16, whole)
+
+
+def fma(a, b, c):
+    """``a * b + c`` of float32, rounded once.
+
+    Float64 has all of the product; of the sum, rounded to odd, enough for the second rounding to
+    be right (Boldo and Melquiond, IEEE Transactions on Computers 57, 2008).
+    """
+    product, c = np.float64(a) * np.float64(b), np.float64(c)
+    total = product + c
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    even = total.view(np.int64) % 2 == 0
+    odd = np.nextafter(total, np.copysign(np.inf, lost))
+    return np.where((lost != 0) & np.isfinite(total) & even, odd, total).astype(F32)
 
 
 def encoded(values, format, bits):
@@ -71,7 +89,7 @@ def decoded(codes, exponents):
 
 @np.errstate(over="ignore", invalid="ignore")
 def oracle(grad, param, first, second, rates, keys, *, formats, decay, root, stochastic):
-    """The step in separately rounded float32, as cuda_ffi/kernels/adamw.h states it."""
+    """The step in float32, its operations rounded as cuda_ffi/kernels/adamw.h states them."""
     format, first_format, second_format = formats
     factor_of_gradient, rate, first_correction, second_correction, finite = rates
     assert finite
@@ -84,12 +102,17 @@ def oracle(grad, param, first, second, rates, keys, *, formats, decay, root, sto
         m = np.where(m > most, most, np.where(m < -most, -most, m))
         m = np.where(np.isnan(most), most, m)
         v = v * v
-    m = F32(1 - B1) * g + F32(B1) * m
-    v = F32(1 - B2) * (g * g) + F32(B2) * v
-    up = m * first_correction / (np.sqrt(v) * second_correction + F32(EPS)) + F32(decay) * p
-    p = p + -rate * up
+    m = fma(F32(1 - B1), g, F32(B1) * m)
+    v = fma(F32(1 - B2), g * g, F32(B2) * v)
+    reciprocal = 1 / fma(np.sqrt(v), second_correction, F32(EPS))
+    p = fma(-rate, fma(F32(decay), p, m * first_correction * reciprocal), p)
     _, rows, n = grad.shape
-    bits = [np.stack([bits_of(key[i], rows, n, key[3]) for key in keys]) for i in range(3)]
+    bits = [
+        np.stack(
+            [bits_of(key[i], rows, n, key[3], i == 0 and format == "bfloat16") for key in keys]
+        )
+        for i in range(3)
+    ]
     if format != "float32":
         p = rounded(p * factor, format, bits[0]).astype(PARAMS[format])
     moments = (
@@ -178,7 +201,9 @@ def test_every_byte_is_numpys(backend, shape, format, first, second, stochastic)
     ("format", "first", "second"),
     [("bfloat16", "e4m3", "float16"), ("float32", "float32", "float32")],
 )
-def test_roots_and_quotients_of_any_magnitude(backend, binades, correction, format, first, second):
+def test_roots_and_reciprocals_of_any_magnitude(
+    backend, binades, correction, format, first, second
+):
     """Compilers have a path for usual exponents and one for those far out: here are both.
 
     No square is subnormal, for a CPU's threads take those as zero.

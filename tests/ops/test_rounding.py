@@ -129,9 +129,12 @@ def test_every_bit_of_the_hash_depends_on_every_bit():
         assert np.max(np.abs(np.subtract(shares, 0.5))) < 5 * 0.5 / 2**8 + 0.01
 
 
+@pytest.mark.parametrize("width", [32, 16])
 @pytest.mark.parametrize("shape", [(2**20,), (16, 64, 1024), (2**14, 64), (2, 3, 5, 7, 5000)])
-def test_bits_are_uniform_and_independent_of_their_neighbours(shape):
-    bits = np.asarray(jax.jit(random_bits, static_argnums=1)(stochastic_key(3, 1), shape))
+def test_bits_are_uniform_and_independent_of_their_neighbours(shape, width):
+    bits = np.asarray(
+        jax.jit(random_bits, static_argnums=(1, 2))(stochastic_key(3, 1), shape, width)
+    )
     bins = np.bincount((bits >> 24).ravel(), minlength=256)
     chi2 = np.sum((bins - bits.size / 256) ** 2) / (bits.size / 256)
     assert abs(chi2 - 255) < 5 * np.sqrt(2 * 255)
@@ -154,8 +157,19 @@ def test_bits_are_those_of_the_key_and_the_element_alone():
     assert len({b for bits in found for b in bits}) == 8 * 120  # no two alike among so few
 
 
-def test_bits_take_no_memory():
+@pytest.mark.parametrize("shape", [(3, 40), (3, 41), (1,), ()])
+def test_neighbours_share_the_halves_of_a_hash(shape):
+    key = stochastic_key(7)
+    bits = np.atleast_1d(random_bits(key, shape, 16))
+    *rows, n = bits.shape
+    whole = np.asarray(random_bits(key, (*rows, -(-n // 2))))
+    np.testing.assert_array_equal(bits[..., 0::2] >> 16, whole >> 16)
+    np.testing.assert_array_equal(bits[..., 1::2] >> 16, (whole & 0xFFFF)[..., : n // 2])
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(jnp.float16, 32), (jnp.bfloat16, 16)])
+def test_bits_take_no_memory(dtype, width):
     shape = (8, 256, 1024)
-    fused = jax.jit(lambda x: round_to_dtype(x, jnp.float16, random_bits(jnp.uint32(1), shape)))
+    fused = jax.jit(lambda x: round_to_dtype(x, dtype, random_bits(jnp.uint32(1), shape, width)))
     compiled = fused.lower(jax.ShapeDtypeStruct(shape, np.float32)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < np.prod(shape) / 64
