@@ -81,6 +81,8 @@ FORMATS = {
         # One exponent bit: the single normal binade continues the subnormals' step of 0.5.
         Format("e1m2", 2, 1, 3.5, 4, _E4M3),
         Format("e3m0", 0, -2, 16.0, 4, _E4M3),
+        # E2M1 over four, by an exponent bias of 3: see ``operand_format``.
+        Format("e2m1b3", 1, -2, 1.5, 4, _E4M3),
         Format("e4m3", 3, -6, 448.0, 8, _E4M3),
         Format("e5m2", 2, -14, 57344.0, 8, _E5M2),
     )
@@ -96,6 +98,18 @@ def get_format(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"format={name!r} is unknown; expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def operand_format(name: str) -> str:
+    """The format in which codes of a format are best multiplied as bytes.
+
+    For E2M1 it is E2M1 over four: the same nibbles, codes a quarter, scales four times as large,
+    values the same to the last bit. In E4M3 bytes 2 begins a run of exponents with all bits
+    flipped, 0111 to 1000, and tensor cores draw power for every bit that flips between one code and
+    the next; a quarter of E2M1's values stays below it. A GPU that runs at its power's limit, as in
+    large products, is faster for it (docs/kernels.md has by how much).
+    """
+    return "e2m1b3" if name == "e2m1" else name
 
 
 def round_to_format(v: Float[Array, "..."], format: str = "e2m1") -> Float[Array, "..."]:

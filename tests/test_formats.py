@@ -14,7 +14,7 @@ from jfp4 import formats
 from jfp4.formats import FORMATS, get_format, pack, round_to_format, unpack
 from jfp4.ops import reference as ref
 
-FOUR_BITS = ("e2m1", "e1m2", "e3m0")
+FOUR_BITS = ("e2m1", "e1m2", "e3m0", "e2m1b3")
 ML_DTYPES = {
     "e2m1": ml_dtypes.float4_e2m1fn,
     "e4m3": ml_dtypes.float8_e4m3fn,
@@ -52,6 +52,16 @@ def test_published_four_bit_grids():
     assert FORMATS["e3m0"].grid.tolist() == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
 
 
+def test_operands_are_the_same_numbers_with_exponents_that_share_their_first_bit():
+    plain, quarter = FORMATS["e2m1"], FORMATS[formats.operand_format("e2m1")]
+    np.testing.assert_array_equal(plain.grid / 4, quarter.grid)
+    assert quarter.min_scale == 4 * plain.min_scale
+    assert np.float32(1 / quarter.max) == 4 * np.float32(1 / plain.max)  # of amax, for the scale
+    patterns = quarter.grid.astype(quarter.dtype).view(np.uint8)
+    assert not np.any(patterns & 0x40) and np.any(plain.grid.astype(plain.dtype).view("u1") & 0x40)
+    assert [f for f in FORMATS if formats.operand_format(f) != f] == ["e2m1"]
+
+
 @pytest.mark.parametrize("name", ML_DTYPES)
 def test_grid_index_is_the_bit_pattern_of_ml_dtypes(name):
     grid = FORMATS[name].grid
@@ -75,7 +85,7 @@ def test_attributes(name):
 @pytest.mark.parametrize("name", FOUR_BITS)
 def test_lattice_is_the_least_factor_that_makes_codes_int8(name):
     f = get_format(name)
-    assert f.lattice == {"e2m1": 2, "e1m2": 2, "e3m0": 4}[name]
+    assert f.lattice == {"e2m1": 2, "e1m2": 2, "e3m0": 4, "e2m1b3": 8}[name]
     integers = f.grid * f.lattice
     assert np.all(integers == np.round(integers)) and integers[-1] <= 127
     assert np.any(integers % 2)

@@ -183,7 +183,7 @@ inline Format CheckFormat(Checker& check, int32_t format) {
   if (0 <= format && format <= static_cast<int32_t>(Format::kE5M2)) {
     return static_cast<Format>(format);
   }
-  check.Refuse("format is " + std::to_string(format) + "; expected 0 to 4");
+  check.Refuse("format is " + std::to_string(format) + "; expected 0 to 5");
   return Format::kE2M1;
 }
 

@@ -109,7 +109,7 @@ inline Outliers CheckOutliers(Checker& check, Buffer lo, Buffer hi, Format forma
     check.Refuse("lo is " + Describe(lo) + " and hi " + Describe(hi) +
                  "; expected both or neither to be present");
   }
-  if (compensate && (outliers.lo == nullptr || format > Format::kE3M0)) {
+  if (compensate && (outliers.lo == nullptr || format >= Format::kE4M3)) {
     check.Refuse("compensate is set; expected lo and hi, and a 4-bit format");
   }
   return outliers;

@@ -21,6 +21,7 @@ constexpr FormatSpec kFormats[] = {
     {1, 1, 6.0f, 0.5f},          // E2M1
     {2, 0, 3.5f, 0.5f},          // E1M2
     {0, 3, 16.0f, 0.25f},        // E3M0
+    {1, 3, 1.5f, 0.125f},        // E2M1 over four
     {3, 7, 448.0f, 0x1p-9f},     // E4M3
     {2, 15, 57344.0f, 0x1p-16f}  // E5M2
 };

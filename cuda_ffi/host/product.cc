@@ -69,26 +69,24 @@ struct Lattice {
   int8_t table[256];
 };
 
-// Whether all codes of an operand are multiples of 1/4 up to 16, as those of the 4-bit formats are.
+// Whether all codes of an operand are so many halves, quarters or eighths, up to 64 of the coarsest
+// of these that does, as those of the 4-bit formats are. (Smaller numbers leave more room for sums.)
 bool FindLattice(const Operand& x, Pool pool, Lattice& lattice) {
-  constexpr int32_t kFactor = 4, kMax = 64;
+  constexpr int32_t kMax = 64;
   const std::array<bool, 256> seen = SeenBytes(x, pool);
-  int32_t largest = 1, any = 0;
-  for (int byte = 0; byte < 256; ++byte) {
-    if (!seen[byte]) continue;
-    const float v = x.Value(byte) * kFactor;
-    if (!(std::fabs(v) <= kMax) || v != std::nearbyint(v)) return false;
-    const int32_t integer = static_cast<int32_t>(v);
-    lattice.table[byte] = static_cast<int8_t>(integer);
-    largest = std::max(largest, std::abs(integer));
-    any |= integer;
-  }
-  // Without quarters, halves do: smaller numbers leave more room for sums.
-  const int32_t spare = any % 2 == 0 ? 2 : 1;
-  for (int8_t& v : lattice.table) v /= spare;
-  lattice.factor = kFactor / spare;
-  lattice.max = std::max(largest / spare, 1);
-  return true;
+  const auto fits = [&](int32_t factor) {
+    lattice.factor = factor;
+    lattice.max = 1;
+    for (int byte = 0; byte < 256; ++byte) {
+      if (!seen[byte]) continue;
+      const float v = x.Value(byte) * factor;
+      if (!(std::fabs(v) <= kMax) || v != std::nearbyint(v)) return false;
+      lattice.table[byte] = static_cast<int8_t>(v);
+      lattice.max = std::max(lattice.max, std::abs(static_cast<int32_t>(v)));
+    }
+    return true;
+  };
+  return fits(2) || fits(4) || fits(8);
 }
 
 // Codes as integers plus `offset`, in rows padded with zeros to kIntegerLanes, and the sums of

@@ -145,7 +145,7 @@ using RoundFunction = void (*)(const Source&, const Block&, bool, const float*, 
 // The two, for the instructions that the machine has.
 struct Functions {
   AmaxFunction amax;
-  RoundFunction round[5];  // by format
+  RoundFunction round[6];  // by format
 };
 
 template <Format kFormat>
@@ -177,12 +177,12 @@ Functions ChooseFunctions() {
   if (__builtin_cpu_supports("avx2")) {
     return {AmaxAvx2,
             {RoundAvx2<Format::kE2M1>, RoundAvx2<Format::kE1M2>, RoundAvx2<Format::kE3M0>,
-             RoundAvx2<Format::kE4M3>, RoundAvx2<Format::kE5M2>}};
+             RoundAvx2<Format::kE2M1B3>, RoundAvx2<Format::kE4M3>, RoundAvx2<Format::kE5M2>}};
   }
 #endif
   return {Amax,
-          {Round<Format::kE2M1>, Round<Format::kE1M2>, Round<Format::kE3M0>, Round<Format::kE4M3>,
-           Round<Format::kE5M2>}};
+          {Round<Format::kE2M1>, Round<Format::kE1M2>, Round<Format::kE3M0>, Round<Format::kE2M1B3>,
+           Round<Format::kE4M3>, Round<Format::kE5M2>}};
 }
 
 const Functions& Chosen() {

@@ -39,10 +39,10 @@ void Check(cudaError_t error, const char* what) {
 }
 
 constexpr DType kTypes[] = {DType::kBF16, DType::kF16, DType::kF32};
-constexpr Format kFormats[] = {Format::kE2M1, Format::kE1M2, Format::kE3M0, Format::kE4M3,
-                               Format::kE5M2};
+constexpr Format kFormats[] = {Format::kE2M1,   Format::kE1M2, Format::kE3M0,
+                               Format::kE2M1B3, Format::kE4M3, Format::kE5M2};
 const char* const kTypeNames[] = {"bf16", "f16", "f32"};
-const char* const kFormatNames[] = {"e2m1", "e1m2", "e3m0", "e4m3", "e5m2"};
+const char* const kFormatNames[] = {"e2m1", "e1m2", "e3m0", "e2m1b3", "e4m3", "e5m2"};
 const char* const kClipNames[] = {"", " clamp", " compensate"};
 
 const char* Name(DType type) { return kTypeNames[static_cast<int>(type)]; }
@@ -70,7 +70,8 @@ const std::vector<double>& Grid(Format format) {
     struct {
       int mantissa_bits, min_exponent;
       double max;
-    } const definitions[] = {{1, 0, 6}, {2, 1, 3.5}, {0, -2, 16}, {3, -6, 448}, {2, -14, 57344}};
+    } const definitions[] = {{1, 0, 6},    {2, 1, 3.5},  {0, -2, 16},
+                             {1, -2, 1.5}, {3, -6, 448}, {2, -14, 57344}};
     for (const auto& d : definitions) {
       std::vector<double> grid = {0};
       while (grid.back() < d.max) {
@@ -99,7 +100,7 @@ int Round(float v, Format format) {
 
 // The byte of an index and a sign: E5M2 and E4M3 number their values as bytes do.
 uint8_t Byte(int index, bool negative, Format format) {
-  if (format <= Format::kE3M0) {
+  if (format < Format::kE4M3) {
     const std::vector<double>& carrier = Grid(Format::kE4M3);
     const double value = Grid(format)[index];
     index = std::lower_bound(carrier.begin(), carrier.end(), value) - carrier.begin();

@@ -21,6 +21,8 @@ __host__ __device__ constexpr float FormatMax(Format format) {
       return 3.5f;
     case Format::kE3M0:
       return 16.0f;
+    case Format::kE2M1B3:
+      return 1.5f;
     case Format::kE4M3:
       return 448.0f;
     default:
@@ -37,6 +39,8 @@ __host__ __device__ constexpr float FormatMinScale(Format format) {
       return 0x1p-124f;
     case Format::kE3M0:
       return 0x1p-123f;
+    case Format::kE2M1B3:
+      return 0x1p-122f;
     case Format::kE4M3:
       return 0x1p-116f;
     default:
@@ -44,7 +48,7 @@ __host__ __device__ constexpr float FormatMinScale(Format format) {
   }
 }
 
-__host__ __device__ constexpr bool IsFourBit(Format format) { return format <= Format::kE3M0; }
+__host__ __device__ constexpr bool IsFourBit(Format format) { return format < Format::kE4M3; }
 
 constexpr uint32_t kInfinityBits = 0x7F800000;
 constexpr uint32_t kNaNBits = 0x7FC00000;
@@ -232,12 +236,13 @@ __device__ __forceinline__ float FromByte(uint32_t bytes) {
 // elements, so that |v| <= max * (1 + 2^-22), far below where anything would round past max.
 template <Format kFormat>
 __device__ __forceinline__ float RoundToGrid(float v) {
-  if constexpr (kFormat == Format::kE2M1) {
-    // The last place of 1.5 * 2^(22 + e) is the step of the binade 2^e that v is in (0 to 1 has
-    // that of 1 to 2): float32's own rounding of their sum is the one wanted, and taking the anchor
-    // off again is exact. Made inside the fused operations, it costs one instruction to find 2^e.
-    constexpr float kAnchor = 0x1.8p22f;
-    const float step = __uint_as_float(__float_as_uint(fmaxf(fabsf(v), 1.0f)) & kInfinityBits);
+  if constexpr (kFormat == Format::kE2M1 || kFormat == Format::kE2M1B3) {
+    // The last place of 1.5 * 2^(22 + e) is the step of the binade 2^e that v is in (what is below
+    // the least normal value has that one's): float32's own rounding of their sum is the one
+    // wanted, and taking the anchor off again is exact. Made inside the fused operations, it costs
+    // one instruction to find 2^e.
+    constexpr float kAnchor = 0x1.8p22f, kLeast = kFormat == Format::kE2M1 ? 1.0f : 0.25f;
+    const float step = __uint_as_float(__float_as_uint(fmaxf(fabsf(v), kLeast)) & kInfinityBits);
     return __fmaf_rn(step, -kAnchor, __fmaf_rn(step, kAnchor, v));
   } else if constexpr (kFormat == Format::kE1M2) {
     constexpr float kAnchor = 0x1.8p22f;  // one step everywhere, 0.5

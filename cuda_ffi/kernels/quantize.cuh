@@ -240,6 +240,8 @@ cudaError_t WithFormat(Format format, F&& f) {
       return f(FormatConstant<Format::kE1M2>());
     case Format::kE3M0:
       return f(FormatConstant<Format::kE3M0>());
+    case Format::kE2M1B3:
+      return f(FormatConstant<Format::kE2M1B3>());
     case Format::kE4M3:
       return f(FormatConstant<Format::kE4M3>());
     case Format::kE5M2:

@@ -39,6 +39,8 @@ __device__ __forceinline__ uint8_t AnyCodeByte(const Any& args, float x, float s
       return CodeByte<Format::kE1M2>(args.outliers, x, scale, limits);
     case Format::kE3M0:
       return CodeByte<Format::kE3M0>(args.outliers, x, scale, limits);
+    case Format::kE2M1B3:
+      return CodeByte<Format::kE2M1B3>(args.outliers, x, scale, limits);
     case Format::kE4M3:
       return CodeByte<Format::kE4M3>(args.outliers, x, scale, limits);
     default:

@@ -17,6 +17,8 @@ from jfp4.qtensor import PackedQTensor, QTensor
 
 _E5M2 = FORMATS["e5m2"].dtype
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_SLOPES = {"e2m1": 1.0, "e2m1b3": 0.25}
+"""Formats whose slope kernels have: that of E2M1, and by what multiple of its scales."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +48,7 @@ class Slope:
     @property
     def has_kernel(self) -> bool:
         """Whether a kernel can have it for an epilogue: k = 1 is a constant, better folded."""
-        return self.format == "e2m1" and self.k > 1 and self.w.dtype in _KERNEL_DTYPES
+        return self.format in _SLOPES and self.k > 1 and self.w.dtype in _KERNEL_DTYPES
 
 
 def gemm(
@@ -101,11 +103,14 @@ def gemm(
         and not promote
         and slope is None
     )
-    bounds = None if slope is None else (slope.k, slope.cap)
     # On a mesh sums are scaled once they are complete: until then they are exact, and rows even, as
     # an exchange in few bits needs them. With a slope that would be another pass over a weight's
     # gradient, of several arrays; so where XLA sums each kernel scales and multiplies its part.
     slope_first = slope is not None and bias is None and u is None and reduce.by is None
+
+    def slope_operands(w: Array, w_scale: Array) -> tuple[Array, Array, float, float]:
+        assert slope is not None
+        return w, w_scale * _SLOPES[slope.format], slope.k, slope.cap
 
     def after(sums: Array, a_scale: Array, b_scale: Array, *added: Any) -> Array:
         """What XLA makes of the sums of codes."""
@@ -157,7 +162,7 @@ def gemm(
             u=u,
             v=v,
             bias=bias,
-            slope=None if w is None or w_scale is None or bounds is None else (w, w_scale, *bounds),
+            slope=None if w is None or w_scale is None else slope_operands(w, w_scale),
             out_dtype=out_dtype,
             promote=promote,
         )

@@ -21,6 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
+from jfp4.formats import operand_format
 from jfp4.ops import exchange
 from jfp4.ops.calibration import Calibration, calibrate
 from jfp4.ops.gemm import Slope, bfloat16_sums, gemm
@@ -34,7 +35,13 @@ from jfp4.ops.partition import (
     by_xla,
     varying_alike,
 )
-from jfp4.ops.prepare import PreparedWeight, quantize_weight, quantize_weight_both, unpacked
+from jfp4.ops.prepare import (
+    PreparedWeight,
+    quantize_weight,
+    quantize_weight_both,
+    unpacked,
+    weight_format,
+)
 from jfp4.ops.quantize import (
     check_float,
     quantize,
@@ -123,9 +130,10 @@ def _quantize_activation(
 
     def plain(x: Array, shift: str | Array | None) -> tuple[QTensor, ...]:
         assert recipe.x_format is not None
+        format = operand_format(recipe.x_format)
         if both:
-            return quantize_both(x, axis, format=recipe.x_format, shift=shift)
-        return (quantize(x, axis, format=recipe.x_format, shift=shift),)
+            return quantize_both(x, axis, format=format, shift=shift)
+        return (quantize(x, axis, format=format, shift=shift),)
 
     if recipe.occ_alpha is None:
         return plain(x, calibration.mean if recipe.x_shift == "mean" else recipe.x_shift), None
@@ -328,7 +336,7 @@ def _check_prepared(
     if prepared is None:
         return
     scale = (1, shape[1] if recipe.w_scale == "channel" else 1)
-    expected = _described(shape, recipe.w_format, scale, recipe.w_shift is not None)
+    expected = _described(shape, weight_format(recipe), scale, recipe.w_shift is not None)
     for q in (prepared.fprop, prepared.dgrad):
         found = _described(q.shape, q.format, q.scale.shape, q.shift is not None)
         if found != expected:

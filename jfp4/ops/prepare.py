@@ -9,7 +9,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
-from jfp4.formats import get_format
+from jfp4.formats import get_format, operand_format
 from jfp4.ops.quantize import quantize, quantize_both
 from jfp4.qtensor import PackedQTensor, QTensor
 from jfp4.recipe import Recipe, get_recipe
@@ -57,15 +57,19 @@ def prepare(w: Float[Array, "k n"], recipe: str | Recipe) -> PreparedWeight:
 
 def quantize_weight(w: Float[Array, "k n"], recipe: Recipe) -> QTensor:
     """Quantises a weight as the recipe says, for fprop alone."""
-    assert recipe.w_format is not None
-    return quantize(w, _axis(recipe), format=recipe.w_format, shift=recipe.w_shift)
+    return quantize(w, _axis(recipe), format=weight_format(recipe), shift=recipe.w_shift)
 
 
 def quantize_weight_both(w: Float[Array, "k n"], recipe: Recipe) -> PreparedWeight:
     """Quantises a weight as the recipe says, in bytes: for products that follow at once."""
-    assert recipe.w_format is not None
-    wq, wq_t = quantize_both(w, _axis(recipe), format=recipe.w_format, shift=recipe.w_shift)
+    wq, wq_t = quantize_both(w, _axis(recipe), format=weight_format(recipe), shift=recipe.w_shift)
     return PreparedWeight(wq_t.T, wq)
+
+
+def weight_format(recipe: Recipe) -> str:
+    """The format in which the recipe's weights are multiplied (``formats.operand_format``)."""
+    assert recipe.w_format is not None
+    return operand_format(recipe.w_format)
 
 
 def unpacked(q: QTensor | PackedQTensor) -> QTensor:

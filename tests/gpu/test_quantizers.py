@@ -27,7 +27,7 @@ SHAPES = [
     (256, 512),
 ]
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-FOUR_BITS = ("e2m1", "e1m2", "e3m0")
+FOUR_BITS = ("e2m1", "e1m2", "e3m0", "e2m1b3")
 LO, HI = np.float32(-1.5), np.float32(2)
 OUTLIERS = {"plain": (None, False), "clamped": ((LO, HI), False), "compensated": ((LO, HI), True)}
 

@@ -13,7 +13,7 @@ from jfp4.formats import FORMATS, round_to_format
 from jfp4.ops import reference as ref
 from jfp4.ops.dge import derivative
 
-FOUR_BITS = ("e2m1", "e1m2", "e3m0")
+FOUR_BITS = ("e2m1", "e1m2", "e3m0", "e2m1b3")
 
 # With u = 2**-24 and t the distance from the centre: t carries one rounding, which the power
 # passes on times 1 - 1/k < 1. The power is exp(p log t): the logarithm is 2u off, p and the product

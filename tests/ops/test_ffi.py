@@ -36,7 +36,7 @@ built = pytest.mark.skipif(
     bool(ffi.missing("host") or ELSEWHERE), reason=ffi.missing("host") or ELSEWHERE
 )
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-FOUR_BITS = ("e2m1", "e1m2", "e3m0")
+FOUR_BITS = ("e2m1", "e1m2", "e3m0", "e2m1b3")
 SHAPES = [(1, 1), (1, 129), (127, 1), (64, 64), (65, 130), (127, 129)]
 TINY = np.finfo(np.float32).tiny
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

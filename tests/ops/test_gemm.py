@@ -15,7 +15,7 @@ from jfp4.ops.outliers import quantize_compensated, thresholds
 from jfp4.ops.quantize import quantize
 from jfp4.qtensor import PackedQTensor, QTensor
 
-FOUR_BITS = ("e2m1", "e1m2", "e3m0")
+FOUR_BITS = ("e2m1", "e1m2", "e3m0", "e2m1b3")
 quantized = functools.partial(jax.jit, static_argnames=("axis", "shift"))(quantize)
 eager_and_jit = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 

@@ -22,7 +22,7 @@ from jfp4.ops.outliers import (
 )
 from jfp4.ops.quantize import quantize
 
-FOUR_BITS = ("e2m1", "e1m2", "e3m0")
+FOUR_BITS = ("e2m1", "e1m2", "e3m0", "e2m1b3")
 
 jit_thresholds = functools.partial(jax.jit, static_argnames=("alpha", "sample"))(thresholds)
 jit_order_statistics = functools.partial(jax.jit, static_argnums=1)(order_statistics)

@@ -111,10 +111,10 @@ def test_nothing_is_quantised_or_kept_again():
 def test_another_weight_is_refused():
     for w, recipe in ((W[:, 1:], CAST), (W.T, CAST), (W, RECIPES["fp8"])):
         with pytest.raises(
-            ValueError, match=r"prepared has shape .*; expected \(35, 42\) in 'e2m1'"
+            ValueError, match=r"prepared has shape .*; expected \(35, 42\) in 'e2m1b3'"
         ):
             linear(X, W, CAST, prepared=prepare(w, recipe))
-    expected = r"expected \(35, 42\) in 'e2m1' with no shift and a scale of \(1, 42\), those of w"
+    expected = r"expected \(35, 42\) in 'e2m1b3' with no shift and a scale of \(1, 42\), those of w"
     for name, found in (
         ("shift", r"a shift and .* \(1, 42\)"),
         ("tensor", r"no shift .* \(1, 1\)"),

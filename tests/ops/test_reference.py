@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from jfp4.ops import reference as ref
 
-FORMATS = ("e2m1", "e1m2", "e3m0", "e4m3", "e5m2")
+FORMATS = ("e2m1", "e1m2", "e3m0", "e2m1b3", "e4m3", "e5m2")
 FOUR_BITS = FORMATS[:3]
 DTYPES = {
     "e2m1": ml_dtypes.float4_e2m1fn,
