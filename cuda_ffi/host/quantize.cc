@@ -30,8 +30,8 @@ struct Source {
   bool clamps = false, compensates = false;
   float lo = 0, hi = 0;
 
-  // Elements [row, col .. col + count): those that are scaled, and what was clamped off.
-  JFP4_INLINE void Read(int64_t row, int64_t col, int64_t count, float* v, float* residual) const {
+  // Elements [row, col .. col + count): those that are scaled and, if clamped, what they were.
+  JFP4_INLINE void Read(int64_t row, int64_t col, int64_t count, float* v, float* wholes) const {
     Load(x, type, row * cols + col, count, v);
     if (col_factor != nullptr) {
       for (int64_t i = 0; i < count; ++i) v[i] *= col_factor[col + i];
@@ -53,7 +53,7 @@ struct Source {
       // An infinity stays, so that the scale sees it.
       clamped = BitsOf(std::fabs(whole)) == kInfinityBits ? whole : clamped;
       v[i] = clamped;
-      residual[i] = Flush(whole - clamped);
+      wholes[i] = whole;
     }
   }
 };
@@ -94,9 +94,9 @@ struct Block {
 // The largest magnitudes of a block's rows, in `amax`, or of its columns, as bits: magnitudes
 // compare as these do, and a NaN is above all.
 JFP4_INLINE void AmaxBody(const Source& s, const Block& block, bool by_row, int32_t* amax) {
-  float v[kTile], residual[kTile];
+  float v[kTile], wholes[kTile];
   for (int64_t r = 0; r < block.rows; ++r) {
-    s.Read(block.row + r, block.col, block.cols, v, residual);
+    s.Read(block.row + r, block.col, block.cols, v, wholes);
     if (by_row) {
       int32_t largest = amax[r];
       for (int64_t c = 0; c < block.cols; ++c) {
@@ -119,16 +119,19 @@ template <Format kFormat>
 JFP4_INLINE void RoundBody(const Source& s, const Block& block, bool by_row, const float* inverse,
                            uint8_t* tile) {
   const int64_t cols = block.cols;  // for all that the compiler knows, bytes written may be block's
-  float v[kTile], residual[kTile], factor[kTile];
+  float v[kTile], wholes[kTile], factor[kTile];
   if (!by_row) std::copy_n(inverse + block.col, cols, factor);
   for (int64_t r = 0; r < block.rows; ++r) {
-    s.Read(block.row + r, block.col, cols, v, residual);
+    s.Read(block.row + r, block.col, cols, v, wholes);
     if (by_row) std::fill_n(factor, cols, inverse[block.row + r]);
     uint8_t* out = tile + r * kTile;
     if (s.compensates) {
       for (int64_t c = 0; c < cols; ++c) {
-        const float outlier = Flush(residual[c] * factor[c]);
-        v[c] = RoundToFormat<Format::kE4M3>(RoundToFormat<kFormat>(v[c] * factor[c]) + outlier);
+        const float scaled = Flush(v[c] * factor[c]);
+        const float outlier = Flush(Flush(wholes[c] * factor[c]) - scaled);
+        // Zeros come out positive, or two negative ones would add up to one.
+        const float code = RoundToFormat<kFormat>(scaled) + 0.0f;
+        v[c] = RoundToFormat<Format::kE4M3>(code + outlier);
       }
     } else {
       for (int64_t c = 0; c < cols; ++c) v[c] = RoundToFormat<kFormat>(v[c] * factor[c]);

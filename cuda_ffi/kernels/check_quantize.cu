@@ -116,12 +116,15 @@ struct Clipping {
   bool compensate = false;
 };
 
+// The larger and the smaller of two numbers, -0 being less than +0.
+float Larger(float a, float b) { return a > b || (a == b && std::signbit(b)) ? a : b; }
+float Smaller(float a, float b) { return a < b || (a == b && std::signbit(a)) ? a : b; }
+
 float Clip(float v, const Clipping& clip) {
   if (clip.lo == nullptr || std::isinf(v)) return v;
   const float nan = std::numeric_limits<float>::quiet_NaN();
   if (std::isnan(v) || std::isnan(*clip.lo) || std::isnan(*clip.hi)) return nan;
-  const float low = v > *clip.lo ? v : *clip.lo;
-  return low < *clip.hi ? low : *clip.hi;
+  return Smaller(Larger(v, *clip.lo), *clip.hi);
 }
 
 // A slice: `n` elements `stride` apart, whose largest magnitude is taken to be at least `floor`.
@@ -141,17 +144,16 @@ void QuantizeSlice(const float* x, int64_t n, int64_t stride, Format format, con
     uint8_t& code = codes[i * stride];
     code = 0;
     if (std::isnan(*scale)) continue;
-    const float clipped = Clip(x[i * stride], clip);
-    const float v = clipped * inverse;
-    const int index = Round(v, format);
     if (!clip.compensate) {
-      code = Byte(index, std::signbit(v), format);
+      const float v = Clip(x[i * stride], clip) * inverse;
+      code = Byte(Round(v, format), std::signbit(v), format);
       continue;
     }
-    const float residual = x[i * stride] - clipped;
-    const float outlier = Flush(Flush(residual) * inverse);
-    const float magnitude = static_cast<float>(Grid(format)[index]);
-    const float sum = (std::signbit(v) ? -magnitude : magnitude) + outlier;
+    const auto scaled = [&](float a) { return Flush(Flush(a) * inverse); };
+    const float u = scaled(x[i * stride]), low = scaled(*clip.lo), high = scaled(*clip.hi);
+    const float v = std::min(std::max(u, low), high);
+    const float magnitude = static_cast<float>(Grid(format)[Round(v, format)]);
+    const float sum = (v < 0 ? -magnitude : magnitude) + Flush(u - v);
     code = Byte(Round(sum, Format::kE4M3), std::signbit(sum), Format::kE4M3);
   }
 }
@@ -405,12 +407,13 @@ std::vector<Shape> LargeShapes() {
 }
 
 // Thresholds in turn: usual ones, some that everything or nothing is beyond, NaN, subnormal,
-// crossed.
+// crossed, zeros, tiny.
 void MakeLimits(int64_t batch, int kind, Floats* lo, Floats* hi) {
   const float kInfinity = std::numeric_limits<float>::infinity();
-  const float limits[][2] = {
-      {-2.25f, 2.5f}, {-1.1f, 1.7f},     {0.5f, 1.0f}, {-kInfinity, kInfinity},
-      {-1.0f, NAN},   {-3e-39f, 2e-38f}, {1.0f, -1.0f}};
+  const float limits[][2] = {{-2.25f, 2.5f},          {-1.1f, 1.7f},    {0.5f, 1.0f},
+                             {-kInfinity, kInfinity}, {-1.0f, NAN},     {-3e-39f, 2e-38f},
+                             {1.0f, -1.0f},           {0.0f, 0.0f},     {-0.0f, 1.0f},
+                             {-1.0f, -0.0f},          {2e-38f, 3e-38f}, {-3e-38f, -2e-38f}};
   for (int64_t b = 0; b < batch; ++b) {
     const auto& pair = limits[(kind + b) % (sizeof(limits) / sizeof(limits[0]))];
     lo->push_back(pair[0]);

@@ -127,7 +127,11 @@ __device__ __forceinline__ float LoadElement(const void* x, DType type, int64_t 
 
 enum class Clip { kNone, kClamp, kCompensate };
 
+// Of elements, or, times the reciprocal of a scale, of elements times that.
 struct Limits {
+  float lo, hi;
+};
+struct ScaledLimits {
   float lo, hi;
 };
 
@@ -259,18 +263,41 @@ __device__ __forceinline__ float RoundToGrid(float v) {
   }
 }
 
+// x / scale, from the reciprocal; subnormals, as factors and as the product, are zeros. Of a
+// product that rounding alone takes to 2^-126 it may be zero or that: at most a zero's sign depends
+// on it.
+__device__ __forceinline__ float Scaled(float x, float inverse_scale) {
+  float product;
+  asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(x), "f"(inverse_scale));
+  return product;
+}
+
+__device__ __forceinline__ ScaledLimits Scaled(const Limits& limits, float inverse_scale) {
+  return {Scaled(limits.lo, inverse_scale), Scaled(limits.hi, inverse_scale)};
+}
+
+// Clip(x) / scale. Products keep order, so both forms have the same bits: the one is for limits
+// that several elements share with their scale, the other for a scale an element, where it costs a
+// product an element and the scaled limits would cost two.
+__device__ __forceinline__ float ScaledClip(float x, float inverse_scale, const ScaledLimits& l) {
+  return fminf(fmaxf(Scaled(x, inverse_scale), l.lo), l.hi);
+}
+
+__device__ __forceinline__ float ScaledClip(float x, float inverse_scale, const Limits& l) {
+  return Scaled(fminf(fmaxf(x, l.lo), l.hi), inverse_scale);
+}
+
 // The code of x as a float32 that ToBytes takes to its byte; meaningless where the scale is NaN.
-template <Format kFormat, Clip kClip>
-__device__ __forceinline__ float Code(float x, float inverse_scale, const Limits& limits) {
-  const float clipped = kClip == Clip::kNone ? x : fminf(fmaxf(x, limits.lo), limits.hi);
-  const float v = __fmul_rn(clipped, inverse_scale);
+template <Format kFormat, Clip kClip, typename AnyLimits>
+__device__ __forceinline__ float Code(float x, float inverse_scale, const AnyLimits& limits) {
+  const float u = Scaled(x, inverse_scale);
+  const float v = kClip == Clip::kNone ? u : ScaledClip(x, inverse_scale, limits);
   if constexpr (kClip == Clip::kCompensate) {
-    // The residual and its quotient are flushed, each after its own rounding, which a flushing
-    // product would not do: the residual by a product with one, the quotient as it is added.
-    float residual, sum;
-    asm("mul.rn.ftz.f32 %0, %1, 0f3F800000;" : "=f"(residual) : "f"(__fsub_rn(x, clipped)));
-    const float outlier = __fmul_rn(residual, inverse_scale);
-    asm("add.rn.ftz.f32 %0, %1, %2;" : "=f"(sum) : "f"(RoundToGrid<kFormat>(v)), "f"(outlier));
+    // What was clamped off is flushed as it is added: a flushed difference is exact.
+    float sum;
+    asm("add.rn.ftz.f32 %0, %1, %2;"
+        : "=f"(sum)
+        : "f"(RoundToGrid<kFormat>(v)), "f"(__fsub_rn(u, v)));
     return sum;
   } else if constexpr (IsFourBit(kFormat)) {
     const uint32_t sign = __float_as_uint(v) & kSignBit;  // a negative zero keeps it

@@ -92,9 +92,9 @@ struct Scaling {
   }
 };
 
-template <Format kFormat, Clip kClip, int kElements>
+template <Format kFormat, Clip kClip, int kElements, typename AnyLimits>
 __device__ __forceinline__ void Encode(const float (&x)[kElements],
-                                       const Scaling<kElements>& scaling, const Limits& limits,
+                                       const Scaling<kElements>& scaling, const AnyLimits& limits,
                                        uint32_t (&words)[kElements / 4]) {
 #pragma unroll
   for (int i = 0; i < kElements / 4; ++i) {

@@ -48,8 +48,10 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   const float scale = ScaleOf(amax, kFormat);
   if (threadIdx.x == 0) args.scale[row] = scale;
+  const float inverse = __frcp_rn(scale);
+  const ScaledLimits scaled_limits = Scaled(limits, inverse);
   Scaling<kElements> scaling;
-  scaling.SetAll(__frcp_rn(scale));
+  scaling.SetAll(inverse);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int vector = threadIdx.x + i * blockDim.x;
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     float v[kElements];
     Unpack<kType>(held[i], v);
     uint32_t words[kElements / 4];
-    Encode<kFormat, kClip>(v, scaling, limits, words);
+    Encode<kFormat, kClip>(v, scaling, scaled_limits, words);
     const int64_t at = (row * vectors + vector) * kElements;
     if (args.codes != nullptr) StoreBytes(args.codes + at, words);
     if (args.packed != nullptr) StoreNibbles(args.packed + at / 2, words);

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jfp4.formats import get_format, round_to_format
+from jfp4.formats import TINY, get_format, round_to_format
 from jfp4.ops import ffi
 from jfp4.ops.partition import Axes, Part, Rule, varying_alike
 from jfp4.ops.quantize import (
@@ -17,7 +17,6 @@ from jfp4.ops.quantize import (
     operands,
     reciprocal,
     scale_of,
-    scaled_codes,
     to_float32,
 )
 from jfp4.qtensor import QTensor
@@ -171,12 +170,12 @@ def quantize_compensated(
     *,
     format: str = "e2m1",
 ) -> QTensor:
-    """Quantises with outliers kept in the operand: E4M3(Q(clamp(x)) + residual / scale).
+    """Quantises with outliers kept in the operand: E4M3(Q(v) + (u - v)), where u = x / scale.
 
-    The scale comes from the clamped tensor. An outlier keeps four significant bits up to 448 code
-    units and SATURATES there (a plain cast to float8_e4m3fn would make it NaN); everything else is
-    the code ``quantize`` gives. One 8-bit operand then carries both terms of the compensated
-    product.
+    The scale comes from the clamped tensor; v is u clamped to ``lo / scale`` and ``hi / scale``,
+    and u - v what the clamp took away. An outlier keeps four significant bits up to 448 code units
+    and SATURATES there (a plain cast to float8_e4m3fn would make it NaN); everything else is the
+    code ``quantize`` gives. One 8-bit operand then carries both terms of the compensated product.
 
     Args:
         x: any float dtype, any shape.
@@ -223,10 +222,12 @@ def _checked_axis(x: Array, axis: int | None, format: str) -> int | None:
 def _compensate(
     x: Array, lo: Array, hi: Array, *, axis: int | None, format: str, across: Axes = ()
 ) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
-    clamped, residual = clamp(x, lo, hi)
-    scale = scale_of(clamped, axis, format, across)
-    # The outer flush also keeps the compiler from fusing product and sum into one rounding.
-    outlier = flush(flush(residual) * reciprocal(scale))
-    codes = scaled_codes(clamped, scale, format) + outlier
-    codes = round_to_format(codes, "e4m3")
+    scale = scale_of(_clamped(x, lo, hi), axis, format, across)
+    inverse = reciprocal(scale)
+    # The outer flush also keeps the compiler from fusing product and difference into one rounding.
+    u, low, high = (flush(flush(to_float32(a, None)[0]) * inverse) for a in (x, lo, hi))
+    v = jnp.clip(u, low, high)
+    # Of either sign, a difference that is flushed makes a zero a positive one.
+    outlier = jnp.where(jnp.abs(u - v) < TINY, np.float32(0), u - v)
+    codes = round_to_format(round_to_format(v, format) + outlier, "e4m3")
     return jnp.where(jnp.isnan(codes), np.float32(0), codes), scale

@@ -451,12 +451,15 @@ def compensate(
 ) -> tuple[Float64, Float32]:
     """Clamped tensor and its residual as one E4M3 operand.
 
-    code = round_to_format(q(x_c) + r / scale, "e4m3"): x_c and r from `clamp_residual`, scale and
-    q(x_c) from `quantize` of x_c in `fmt`, the quotient as in `quantize`, the sum one correctly
-    rounded float32 operation, E4M3 rounding to nearest, ties to even, saturating at 448. Values of
-    every 4-bit format are E4M3 values, so where r is 0 the code is q(x_c) (with -0.0 become 0.0).
-    An infinity in x is not clamped, so that the scale sees it. Where the scale is NaN the codes
-    are 0.
+    code = round_to_format(q(v) + (u - v), "e4m3"): the scale is that of x_c, from
+    `clamp_residual`; u is x / scale; v is u clamped to lo / scale and hi / scale, lo first; q
+    rounds to `fmt`, and its zeros are positive. The quotients are as in `quantize`, difference and
+    sum each one correctly rounded float32 operation, E4M3 rounding to nearest, ties to even,
+    saturating at 448. As quotients keep order, v is x_c / scale to the bit, and u - v is what the
+    clamp took away, in code units. Values of every 4-bit format are E4M3 values, so where that is 0
+    the code is q(v). A difference below 2**-126 is 0; one that is not, but rounds to 0, leaves it
+    its sign. An infinity in x is not clamped, so that the scale sees it. Where the scale is NaN the
+    codes are 0.
 
     Args:
         x: array of any floating dtype.
@@ -470,9 +473,12 @@ def compensate(
 
     Source: section 3.2, in the one-operand form of the authors' released code.
     """
-    clipped, residual = clamp_residual(x, lo, hi)
-    codes, s, _ = quantize(clipped, axis, fmt)
-    compensated = round_to_format(_add(codes, _divide(residual, s)), "e4m3")
+    s = scale(clamp_residual(x, lo, hi)[0], axis, fmt)
+    u, low, high = (_divide(to_float32(a), s) for a in (x, lo, hi))
+    v = np.where(u < low, low, u)
+    v = np.where(v > high, high, v)
+    codes = round_to_format(v, fmt) + 0.0  # -0.0 becomes 0.0
+    compensated = round_to_format(_add(codes, _subtract(u, v)), "e4m3")
     return np.where(np.isnan(s), 0.0, compensated), s
 
 

@@ -126,6 +126,25 @@ def test_compensation_of_every_format_and_dtype(backend, poisoned, format, dtype
     check(poisoned, axis, tensor((130, 257), dtype), format, "compensated")
 
 
+@by_axis
+@pytest.mark.parametrize("copies", [2, 1], ids=["fast", "any"])
+@pytest.mark.parametrize("format", FOUR_BITS)
+def test_compensation_about_zero(backend, edges, format, copies, axis):
+    """Fast kernels that transpose take whole groups of 16 rows alone."""
+    x = np.tile(edges.elements, (copies, copies))
+    x = x if axis == 1 else x.T
+    kernel = ffi.quantize_rows if axis == 1 else ffi.quantize_columns
+    quantized = jax.jit(
+        functools.partial(kernel, format=format, want=("codes", "codes_t"), compensate=True)
+    )
+    for lo, hi in edges.limits:
+        got = quantized(x, outliers=(jnp.asarray(lo), jnp.asarray(hi)))
+        codes, scale = ref.compensate(x, lo, hi, axis, format)
+        same_bytes(got.codes, codes.astype(FORMATS["e4m3"].dtype))
+        same_bytes(got.codes_t, codes.T.astype(FORMATS["e4m3"].dtype))
+        same_scale(got.scale, scale)
+
+
 @pytest.mark.parametrize("want", ["codes", "codes_t", "packed"])
 @pytest.mark.parametrize("kernel", [ffi.quantize_rows, ffi.quantize_columns])
 def test_one_layout_alone(backend, poisoned, kernel, want):

@@ -157,6 +157,15 @@ def test_clamping_about_the_least_normal_number(compensate, axis):
 
 
 @built
+@by_axis
+@pytest.mark.parametrize("format", FOUR_BITS)
+def test_compensation_about_zero(edges, format, axis):
+    x = edges.elements if axis == 1 else edges.elements.T
+    for clamp in edges.limits:
+        check_quantized(x, axis, format, clamp=clamp, compensate=True)
+
+
+@built
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=24, max_size=24), at=st.integers(0, 23))
 @by_axis
 @pytest.mark.parametrize("compensate", [False, True])

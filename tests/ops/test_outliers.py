@@ -234,7 +234,7 @@ def test_compensation_of_every_dtype(dtype):
 
 
 @compensators
-def test_product_and_sum_are_rounded_apart(compensated):
+def test_product_and_difference_are_rounded_apart(compensated):
     """Rows where a fused multiply-add would reach another E4M3 code than two roundings."""
     rng = np.random.default_rng(11)
     hi = rng.uniform(1, 8, 400_000).astype(np.float32)
@@ -242,9 +242,9 @@ def test_product_and_sum_are_rounded_apart(compensated):
     inverse = np.float32(1) / scale
     x = (scale * 8.5).view(np.int32) + rng.integers(-3, 4, hi.size, dtype=np.int32)
     x = x.view(np.float32)
-    residual = x - hi
-    apart = np.float32(6) + residual * inverse
-    fused = (6 + residual.astype(np.float64) * inverse).astype(np.float32)
+    v = hi * inverse
+    apart = 6 + (x * inverse - v)
+    fused = 6 + (x.astype(np.float64) * inverse - v).astype(np.float32)
     differs = np.flatnonzero((apart <= 8.5) & (fused > 8.5))[:64]
     assert differs.size == 64
     for i in differs[:4]:
@@ -289,6 +289,14 @@ def test_extreme_magnitudes():
     x = np.float32([[0, 0, 0], [1e-40, -1e-44, 0], [1e-30, 1, 1e30], [1e36, -1e37, 1], [1, 2, 3]])
     for hi in (0, 1e-40, 1e-30, 1, 1e37):
         check_compensated(jit_compensated, x, -hi, hi, 1)
+
+
+@pytest.mark.parametrize("format", FOUR_BITS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_compensation_about_zero(edges, axis, format):
+    x = edges.elements if axis == 1 else edges.elements.T
+    for lo, hi in edges.limits:
+        check_compensated(jit_compensated, x, lo, hi, axis, format)
 
 
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=24, max_size=24), at=st.integers(0, 23))

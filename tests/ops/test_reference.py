@@ -481,7 +481,7 @@ def test_clamp_residual():
 @pytest.mark.parametrize("fmt", FOUR_BITS)
 @pytest.mark.parametrize("axis", [1, None])
 def test_compensate_in_exact_arithmetic(fmt, axis):
-    """Every code by fractions: clamp, scale, round, divide, add, round to E4M3."""
+    """Every code by fractions: clamp, scale, divide, round, subtract, add, round to E4M3."""
     x = gaussian(10, 6, 24) ** 3
     lo, hi = ref.thresholds(x, 0.9)
     codes, s = ref.compensate(x, lo, hi, axis, fmt)
@@ -493,9 +493,46 @@ def test_compensate_in_exact_arithmetic(fmt, axis):
         scale = scale_of(rows[i], fmt)
         assert float(s[i if axis == 1 else 0, 0]) == float(scale)
         for j, v in enumerate(row):
-            q = Fraction(nearest(quotient(clamped[i][j], scale), fmt))
-            part = quotient(Fraction(round32(v - clamped[i][j])), scale)
+            u, of_clamped = (quotient(a, scale) for a in (v, clamped[i][j]))
+            part = Fraction(round32(u - of_clamped))
+            q = Fraction(nearest(of_clamped, fmt))
             assert codes[i, j] == nearest(round32(q + part), "e4m3")
+
+
+@pytest.mark.parametrize(
+    ("x", "lo", "hi", "code"),
+    [
+        (-0.0, -6, 6, 0.0),
+        (-0.25, -6, 6, 0.0),  # rounds to zero, and nothing is clamped off
+        (-3, 0, 6, -3),
+        (-0.0, 0, 6, 0.0),
+        (0.0, -0.0, 6, 0.0),
+        (-1e-30, 0, 6, -0.0),  # a code of zero has the sign of what was clamped off,
+        (1e-30, -6, 0, 0.0),
+        (-1.5 * 2**-126, -(2**-126), 6, 0.0),  # which has none if it is subnormal
+        (-2.5 * 2**-126, -(2**-126), 6, -0.0),
+        (-1e-40, 0, 6, 0.0),
+        (-2, -1e-40, 6, -2),
+        (0.0, 1e-40, 6, 0.0),
+        (0.0, 2**-126, 6, -0.0),
+        (1, 2, 6, 1),
+        (6, -6, -2, 6),
+        (-0.0, 2, -6, 0.0),  # crossed
+        (-3, 2, -6, -3),
+    ],
+)
+def test_signs_of_compensated_zeros(x, lo, hi, code):
+    """Beside a six, the scale is one."""
+    row = np.float32([[x, 6, -6]])
+    codes, s = ref.compensate(row, np.float32(lo), np.float32(hi), 1, "e2m1")
+    assert s[0, 0] == 1
+    same_bits(codes[0, :1], np.float64([code]))
+
+
+def test_quotients_that_overflow_saturate():
+    x = np.float32([[1e-10, 3e38, -3e38]])
+    codes, s = ref.compensate(x, np.float32(-1e-10), np.float32(1e-10), 1, "e2m1")
+    assert s[0, 0] < 1e-10 and codes.tolist() == [[6, 448, -448]]
 
 
 def test_compensation_keeps_four_significant_bits():
