@@ -82,7 +82,7 @@ float ScaleOf(int32_t amax_bits, Format format) {
   const FormatSpec& f = Spec(format);
   const float least = kTiny / (f.grid_step / 2);
   const float amax = FromBits(amax_bits);
-  if (!(amax < 0x1p127f)) return std::nanf("");
+  if (!(amax < 0x1p126f)) return std::nanf("");
   return std::max(amax * (1 / f.max), least);
 }
 

@@ -138,7 +138,7 @@ void QuantizeSlice(const float* x, int64_t n, int64_t stride, Format format, con
   const float inverse_max = static_cast<float>(1 / Grid(format).back());
   const float least = static_cast<float>(std::ldexp(1.0, -126) / (Grid(format)[1] / 2));
   const float product = amax * inverse_max;
-  *scale = amax < std::ldexp(1.0f, 127) ? std::max(product, least) : FloatOf(0x7FC00000);
+  *scale = amax < std::ldexp(1.0f, 126) ? std::max(product, least) : FloatOf(0x7FC00000);
   const float inverse = 1 / *scale;
   for (int64_t i = 0; i < n; ++i) {
     uint8_t& code = codes[i * stride];

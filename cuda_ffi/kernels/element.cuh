@@ -55,10 +55,10 @@ constexpr uint32_t kNaNBits = 0x7FC00000;
 constexpr uint32_t kSignBit = 0x80000000;
 
 // The scale of a slice. `amax` is the bits of its largest magnitude: as integers, non-negative
-// floats sort as numbers do, with NaN above infinity. At 2^127 and above, and for NaN, the scale is
+// floats sort as numbers do, with NaN above infinity. At 2^126 and above, and for NaN, the scale is
 // NaN; below it, the reciprocal of a scale is a normal number.
 __device__ __forceinline__ float ScaleOf(uint32_t amax, Format format) {
-  constexpr uint32_t kTooLarge = 0x7F000000;  // 2^127
+  constexpr uint32_t kTooLarge = 0x7E800000;  // 2^126
   if (amax >= kTooLarge) return __uint_as_float(kNaNBits);
   // The quotient is formed in double and rounded once, as the reference does it.
   const float inverse_max = static_cast<float>(1.0 / static_cast<double>(FormatMax(format)));

@@ -36,7 +36,7 @@ def quantize(
     Both divisions are float32 products with a correctly rounded reciprocal, which every back end
     computes alike; a division written as one would be that on some of them and not on others.
     The scale has a least value, so that a row of zeros needs no special case and subnormals have
-    code 0. A NaN, or a magnitude of 2**127 or more, makes the scale of its slice NaN and its codes
+    code 0. A NaN, or a magnitude of 2**126 or more, makes the scale of its slice NaN and its codes
     0: whatever is computed from them is NaN, never a plausible number.
 
     To be differentiated is ``linear``'s part: rounding has no useful derivative, and kernels none.
@@ -277,7 +277,7 @@ def scale_of(
     amax = amax_of(x, axis, across)
     scale = jnp.maximum(amax * np.float32(1 / f.max), np.float32(f.min_scale))
     # Not true of NaN or infinity, nor of what would leave the reciprocal subnormal.
-    return jnp.where(amax < 2.0**127, scale, jnp.nan)
+    return jnp.where(amax < 2.0**126, scale, jnp.nan)
 
 
 def amax_of(x: Float32[Array, "..."], axis: int | None, across: Axes = ()) -> Float32[Array, "..."]:

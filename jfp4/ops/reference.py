@@ -251,7 +251,7 @@ def scale(x: npt.ArrayLike, axis: int | None, fmt: str) -> Float32:
     """Dequantisation multiplier: max(amax / max_value(fmt), min_scale(fmt)).
 
     The quotient is a float32 product with the correctly rounded reciprocal of the maximum. A row
-    of zeros gets the least scale. A row that holds a NaN, or a magnitude of 2**127 or more (an
+    of zeros gets the least scale. A row that holds a NaN, or a magnitude of 2**126 or more (an
     infinity above all), gets NaN: a broken input never yields a plausible scale.
 
     Args:
@@ -269,7 +269,7 @@ def scale(x: npt.ArrayLike, axis: int | None, fmt: str) -> Float32:
     amax = np.max(np.abs(x), axis=axis, keepdims=True)  # NaN wins over every number
     quotient = _divide(amax, np.float32(max_value(fmt)))
     floored = np.where(quotient < min_scale(fmt), min_scale(fmt), quotient)
-    return np.where(amax < 2.0**127, floored, np.float32(np.nan)).astype(np.float32)
+    return np.where(amax < 2.0**126, floored, np.float32(np.nan)).astype(np.float32)
 
 
 def midrange_shift(x: npt.ArrayLike, axis: int | None) -> Float32:

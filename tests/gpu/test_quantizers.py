@@ -51,7 +51,7 @@ def tensor(shape, dtype, *, broken=True):
             lines[2] = np.resize(np.float32([6, 5, -2.5, 0.25, -0.0, 0.75, 3.5]), lines[2].size)
             lines[3, 100] = 500
     if min(shape) > 100 and broken:
-        x[10, 50], x[11, 51], x[12, 52] = np.nan, -np.inf, 2.0**127
+        x[10, 50], x[11, 51], x[12, 52] = np.nan, -np.inf, 2.0**126
     with np.errstate(over="ignore"):
         return x.astype(DTYPES[dtype])
 

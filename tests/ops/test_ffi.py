@@ -654,7 +654,7 @@ GRADIENT = Call(
         "codes_t": (E5M2, (8, 3)),
         "col_scale": (F32, (1, 8)),
     },
-    {"format": np.int32(4)},
+    {"format": np.int32(5)},
 )
 THRESHOLDS = Call(
     "jfp4_thresholds",
@@ -704,8 +704,8 @@ MISTAKES = [
     (ROWS, {"packed": (U8, (2, 3, 4))}, "packed is present; expected format E2M1 without comp"),
     (ROWS, {"packed": (U8, (2, 4, 0))}, "packed is u8[2, 4, 0]; expected u8[2, 3, 0]"),
     (ROWS, {"scale": (F32, (2, 3))}, "scale is f32[2, 3]; expected f32[2, 3, 1]"),
-    (ROWS, {"format": np.int32(5)}, "format is 5; expected 0 to 4"),
-    (ROWS, {"format": np.int32(3)}, "compensate is set; expected lo and hi, and a 4-bit format"),
+    (ROWS, {"format": np.int32(6)}, "format is 6; expected 0 to 5"),
+    (ROWS, {"format": np.int32(4)}, "compensate is set; expected lo and hi, and a 4-bit format"),
     (COLUMNS, {"x": (F32, (0, 8))}, "x is f32[0, 8]; expected no empty dimension"),
     (COLUMNS, {"amax_floor": (F32, (3,))}, "amax_floor is f32[3]; expected f32[8], beside x f32"),
     (COLUMNS, {"codes": (E4M3, (8, 3))}, "codes is f8e4m3fn[8, 3]; expected f8e4m3fn[3, 8]"),
@@ -729,7 +729,7 @@ MISTAKES = [
     (GRADIENT, {"col_scale": (F32, (8,))}, "col_scale is f32[8]; expected f32[1, 8]"),
     (GRADIENT, {"row_amax": (F32, (3,))}, "row_amax is f32[3]; expected f32[3, 1], beside dy bf16"),
     (GRADIENT, {"col_amax": (F32, (3,))}, "col_amax is f32[3]; expected f32[1, 8], beside dy bf16"),
-    (GRADIENT, {"format": np.int32(-1)}, "format is -1; expected 0 to 4"),
+    (GRADIENT, {"format": np.int32(-1)}, "format is -1; expected 0 to 5"),
     (THRESHOLDS, {"x": (U8, (2, 20))}, "x is u8[2, 20]; expected bf16, f16 or f32"),
     (THRESHOLDS, {"x": (BF16, ())}, "x is bf16[]; expected at least 1 dimensions"),
     (THRESHOLDS, {"lo": (F32, ())}, "lo is f32[]; expected f32[2], beside x bf16[2, 20]"),
