@@ -27,16 +27,6 @@ __device__ __forceinline__ void ClusterSync() {
                    : "memory");
 }
 
-// ClusterSync in two halves, between which a block need not wait for the others. They order no
-// memory: what was loaded before has arrived if its value has been used.
-__device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void ClusterWait() {
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
-
 // The address of the same variable in the shared memory of another block of the cluster.
 __device__ __forceinline__ uint32_t MapToRank(uint32_t shared_address, uint32_t rank) {
   uint32_t mapped;

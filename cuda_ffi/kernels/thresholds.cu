@@ -27,15 +27,11 @@ constexpr int kBinsPerLane = kBins / kWarp;
 static_assert(kThreads == 2 * kRanks * kBins, "two threads add up each bin");
 
 struct Shared {
-  // Of the first digit, a copy of each bin for each lane, in a bank of its own: exponents of a
-  // tensor are few, so that most of a warp's keys would add to the same bins.
-  uint32_t copies[kBins][kWarp];
-  // A digit each: other blocks may be one behind. Of the first, both ranks look at the same counts,
-  // and the other ones begin with whether there is a NaN.
-  uint32_t bins[kMaxDigits][kRanks][kBins];
+  uint32_t bins[kMaxDigits][kRanks][kBins];  // a digit each: other blocks may be one behind
   uint32_t sums[kRanks][kBins];
   uint32_t prefix[kRanks];  // the digits found so far
   uint32_t left[kRanks];    // the rank among the keys that start with them
+  uint32_t has_nan;
 };
 
 // The bits of an element, in the upper half of the word if there are 16.
@@ -100,7 +96,7 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
   const int64_t batch = blockIdx.x / kBlocks;
   const int rank = ClusterRank();
   const int thread = rank * kThreads + threadIdx.x;  // of the cluster
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
   const int64_t base = batch * args.size;
 
   uint32_t keys[kKeysHeld];
@@ -117,17 +113,16 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
   };
   load(0);
 
-  uint32_t *copies = &shared.copies[0][0], *bins = &shared.bins[0][0][0];
-  for (int i = threadIdx.x; i < kWarp * kBins; i += kThreads) copies[i] = 0;
+  uint32_t* bins = &shared.bins[0][0][0];
   for (int i = threadIdx.x; i < kDigits * kRanks * kBins; i += kThreads) bins[i] = 0;
   if (threadIdx.x == 0) {
+    shared.has_nan = 0;
     shared.prefix[0] = shared.prefix[1] = 0;
     shared.left[0] = args.low_rank;
     shared.left[1] = args.high_rank;
   }
   __syncthreads();
 
-  bool is_nan = false;  // of any block after the first digit
   for (int digit = 0; digit < kDigits; ++digit) {
     const int shift = 32 - kDigitBits * (digit + 1);
     const uint32_t prefixes[kRanks] = {shared.prefix[0], shared.prefix[1]};
@@ -137,9 +132,9 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
       for (int i = 0; i < kKeysHeld; ++i) {
         if (i >= held) break;
         const uint32_t key = KeyOf(keys[i]), bin = key >> shift & (kBins - 1);
-        if (digit == 0) {
-          is_nan |= (keys[i] & ~kSignBit) > kInfinityKey<kType>;
-          atomicAdd(&shared.copies[bin][lane], 1);
+        if (digit == 0) {  // both ranks look at the same counts
+          if ((keys[i] & ~kSignBit) > kInfinityKey<kType>) atomicOr(&shared.has_nan, 1);
+          atomicAdd(&shared.bins[0][0][bin], 1);
           continue;
         }
 #pragma unroll
@@ -148,40 +143,28 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
         }
       }
     }
-    if (digit == 0) {
-      if (is_nan) atomicOr(&shared.bins[0][1][0], 1);
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kBins * kWarp / kThreads; ++i) {  // bins of a warp
-        const int bin = i * (kThreads / kWarp) + warp;
-        const uint32_t sum = __reduce_add_sync(~0u, shared.copies[bin][lane]);
-        if (lane == 0) shared.bins[0][0][bin] = sum;
-      }
-    }
     ClusterSync();
 
     const int which = threadIdx.x / 2 / kBins, bin = threadIdx.x / 2 % kBins;
-    const uint32_t* count = &shared.bins[digit][which][bin];
+    const uint32_t* count = &shared.bins[digit][digit == 0 ? 0 : which][bin];
     uint32_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kBlocks; i += 2) sum += LoadRemote(count, i + threadIdx.x % 2);
     sum += __shfl_xor_sync(~0u, sum, 1);
     if (threadIdx.x % 2 == 0) shared.sums[which][bin] = sum;
-    if (digit == kDigits - 1) ClusterArrive();  // nothing more is read of other blocks
     __syncthreads();
-    if (digit == 0) is_nan = shared.sums[1][0] > 0;
-    if (warp < kRanks) {
-      FindBin(shared.sums[digit == 0 ? 0 : warp], shared.prefix[warp], shared.left[warp]);
-    }
+    if (warp < kRanks) FindBin(shared.sums[warp], shared.prefix[warp], shared.left[warp]);
     __syncthreads();
   }
 
   if (rank == 0 && threadIdx.x < kRanks) {
+    uint32_t has_nan = 0;
+    for (int i = 0; i < kBlocks; ++i) has_nan |= LoadRemote(&shared.has_nan, i);
     const uint32_t bits = BitsOf(shared.prefix[threadIdx.x] << (32 - kDigitBits * kDigits));
     const float value = Word<kType>::Get(bits, Word<kType>::kElements - 1);
-    (threadIdx.x == 0 ? args.lo : args.hi)[batch] = is_nan ? __uint_as_float(kNaNBits) : value;
+    (threadIdx.x == 0 ? args.lo : args.hi)[batch] = has_nan ? __uint_as_float(kNaNBits) : value;
   }
-  ClusterWait();  // no block's shared memory goes while another may read it
+  ClusterSync();  // no block's shared memory goes while another may read it
 }
 
 }  // namespace
