@@ -17,8 +17,8 @@ from jfp4.qtensor import PackedQTensor, QTensor
 
 _E5M2 = FORMATS["e5m2"].dtype
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-_SLOPES = {"e2m1": 1.0, "e2m1b3": 0.25}
-"""Formats whose slope kernels have: that of E2M1, and by what multiple of its scales."""
+_AS_E2M1 = {"e2m1": 1.0, "e2m1b3": 0.25}
+"""What kernels that know E2M1 alone take for it, and by what multiple of its scales."""
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +48,7 @@ class Slope:
     @property
     def has_kernel(self) -> bool:
         """Whether a kernel can have it for an epilogue: k = 1 is a constant, better folded."""
-        return self.format in _SLOPES and self.k > 1 and self.w.dtype in _KERNEL_DTYPES
+        return self.format in _AS_E2M1 and self.k > 1 and self.w.dtype in _KERNEL_DTYPES
 
 
 def gemm(
@@ -99,7 +99,7 @@ def gemm(
     u, v = _shift_terms(a, b)
     fa, fb = get_format(a.format), get_format(b.format)
     as_packed = (
-        all(isinstance(q, PackedQTensor) and q.format == "e2m1" for q in (a, b))
+        all(isinstance(q, PackedQTensor) and q.format in _AS_E2M1 for q in (a, b))
         and not promote
         and slope is None
     )
@@ -110,7 +110,7 @@ def gemm(
 
     def slope_operands(w: Array, w_scale: Array) -> tuple[Array, Array, float, float]:
         assert slope is not None
-        return w, w_scale * _SLOPES[slope.format], slope.k, slope.cap
+        return w, w_scale * _AS_E2M1[slope.format], slope.k, slope.cap
 
     def after(sums: Array, a_scale: Array, b_scale: Array, *added: Any) -> Array:
         """What XLA makes of the sums of codes."""
@@ -153,6 +153,7 @@ def gemm(
         out_dtype: jax.typing.DTypeLike,
     ) -> Array:
         if as_packed:
+            a_scale, b_scale = a_scale * _AS_E2M1[a.format], b_scale * _AS_E2M1[b.format]
             return ffi.packed_gemm(a_part, a_scale, b_part, b_scale, bias=bias, out_dtype=out_dtype)
         return ffi.gemm(
             _codes(part, a, a_part).astype(fa.dtype),

@@ -372,8 +372,9 @@ def test_rank_terms_and_bias(rank):
 @built
 @pytest.mark.parametrize("k", [1, 2, 31, 64, 129])
 @pytest.mark.parametrize("mixed", [False, True], ids=["both packed", "one packed"])
-def test_packed_products_are_those_of_bytes(k, mixed):
-    a, b = codes_of(18, (5, k), "e2m1", scale=(5, 1)), codes_of(19, (k, 7), "e2m1", scale=(1, 7))
+@pytest.mark.parametrize("format", ["e2m1", "e2m1b3"])
+def test_packed_products_are_those_of_bytes(k, mixed, format):
+    a, b = codes_of(18, (5, k), "e2m1", scale=(5, 1)), codes_of(19, (k, 7), format, scale=(1, 7))
     pack = jax.jit(PackedQTensor.pack, static_argnums=1)
     product = jax.jit(functools.partial(gemm, out_dtype=jnp.bfloat16))
     bias = jnp.asarray(gaussian(20, 7))

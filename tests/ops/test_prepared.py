@@ -9,8 +9,10 @@ import pytest
 
 import jfp4
 from jfp4.ops import ffi
+from jfp4.ops.gemm import gemm
 from jfp4.ops.linear import linear
 from jfp4.ops.prepare import prepare as prepare_eagerly
+from jfp4.ops.quantize import quantize
 from jfp4.qtensor import PackedQTensor
 from jfp4.recipe import RECIPES, Recipe
 
@@ -130,3 +132,16 @@ def test_another_weight_is_refused():
         prepare(W, RECIPES["bf16"])
     with pytest.raises(TypeError, match="int32"):
         prepare(jnp.ones((2, 2), jnp.int32), CAST)
+
+
+@pytest.mark.parametrize("path", ["host", "xla"])
+def test_codes_multiply_a_prepared_weight_as_they_are_packed(path):
+    if path == "host" and (why := ffi.missing("host")):
+        pytest.skip(why)
+    prepared = prepare(W, CAST)
+    x = quantize(X, 1)
+    with jfp4.backend(path):
+        lowered = jax.jit(gemm).lower(PackedQTensor.pack(x), prepared.fprop)
+        y = lowered.compile()(PackedQTensor.pack(x), prepared.fprop)
+    assert ("jfp4_packed_gemm" in lowered.as_text()) == (path == "host")
+    np.testing.assert_array_equal(y, gemm(x, quantize(W, 0)))
