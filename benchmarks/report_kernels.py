@@ -64,7 +64,7 @@ def readme(results: Results, steps: dict[str, Any] | None) -> str:
                 "the same, over the best FP8 product",
                 _mean(ratio["jfp4 over the best FP8"]),
             ],
-            [device, "packed product, few rows, over FP8", _times(ratio["packed over FP8"])],
+            [device, "packed product, few rows, over FP8", _mean(ratio["packed over FP8"])],
         ]
     for r in results["linear"]:
         for label, means in r["speed-ups"].items():
@@ -128,7 +128,7 @@ def few_rows(r: dict[str, Any]) -> str:
         ]
         for line in r["packed"]
     ]
-    means = " and ".join(f"{_times(r['geomean'])} {n}" for n, r in over.items() if r["geomean"])
+    means = " and ".join(f"{_mean(r['geomean'])} {n}" for n, r in over.items() if r["geomean"])
     return f"""### Packed products
 
 Microseconds a product; weights are taken from memory, not from the cache. In the geometric mean
@@ -333,5 +333,5 @@ def _times(value: float | None) -> str:
 
 
 def _mean(value: float | None) -> str:
-    # So close to 1 that two digits would not tell on which side.
+    # So close to 1, or to what is aimed at, that two digits would not tell on which side.
     return "" if value is None else f"{value:.3f}x"

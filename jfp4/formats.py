@@ -104,10 +104,9 @@ def operand_format(name: str) -> str:
     """The format in which codes of a format are best multiplied as bytes.
 
     For E2M1 it is E2M1 over four: the same nibbles, codes a quarter, scales four times as large,
-    values the same to the last bit. In E4M3 bytes 2 begins a run of exponents with all bits
-    flipped, 0111 to 1000, and tensor cores draw power for every bit that flips between one code and
-    the next; a quarter of E2M1's values stays below it. A GPU that runs at its power's limit, as in
-    large products, is faster for it (docs/kernels.md has by how much).
+    values the same to the last bit. In E4M3 bytes E2M1's values lie about the exponents 0111 and
+    1000, which share no bit; a quarter of them stays below. Large products, in which a GPU runs at
+    its power's limit, are faster for it (docs/kernels.md has by how much).
     """
     return "e2m1b3" if name == "e2m1" else name
 

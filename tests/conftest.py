@@ -36,7 +36,7 @@ def edges() -> Edges:
     pairs = ((0, 0), (-0.0, 1), (-1, -0.0), (-1, 1), (1.25, 2), (-2, -1.25), (0.5, 1), (1, -1))
     limits = [(lo * unit, hi * unit) for unit in (tiny, 2.0**-100, 1.0) for lo, hi in pairs]
     # The scale is one where this is the format's largest.
-    limits += [pair for top in (6, 3.5, 16) for pair in ((-tiny, top), (-top, tiny))]
+    limits += [pair for top in (6, 3.5, 16, 1.5) for pair in ((-tiny, top), (-top, tiny))]
     return Edges(np.float32(kinds), np.float32(limits))
 
 

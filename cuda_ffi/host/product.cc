@@ -70,7 +70,8 @@ struct Lattice {
 };
 
 // Whether all codes of an operand are so many halves, quarters or eighths, up to 64 of the coarsest
-// of these that does, as those of the 4-bit formats are. (Smaller numbers leave more room for sums.)
+// of these that does, as those of the 4-bit formats are. (Smaller numbers leave more room for
+// sums.)
 bool FindLattice(const Operand& x, Pool pool, Lattice& lattice) {
   constexpr int32_t kMax = 64;
   const std::array<bool, 256> seen = SeenBytes(x, pool);

@@ -280,9 +280,8 @@ struct Range {
   // subnormal.
   __device__ __forceinline__ bool IsUsual(const AdamW& args, const AdamW::Rates& rates) const {
     const auto within = [](float v, float lo, float hi) { return (v >= lo) & (v <= hi); };
-    return (least_second >= __float_as_uint(0x1p-90f)) &
-           (most_second <= __float_as_uint(0x1p20f)) & within(rates.second_correction, 1, 0x1p8f) &
-           within(args.eps, 0, 0x1p10f);
+    return (least_second >= __float_as_uint(0x1p-90f)) & (most_second <= __float_as_uint(0x1p20f)) &
+           within(rates.second_correction, 1, 0x1p8f) & within(args.eps, 0, 0x1p10f);
   }
 };
 
@@ -358,16 +357,15 @@ __device__ __forceinline__ bool UpdateBlock(AdamW args, const Blocks& blocks, ui
   }
   const Range range(first, second);
   // A row's bits are those of its key and the column, whose lowest bits here are the element's.
-  const uint32_t key =
-      place.row.param ^ (args.param_type == DType::kBF16 ? column / 2 : column);
+  const uint32_t key = place.row.param ^ (args.param_type == DType::kBF16 ? column / 2 : column);
   bool usual = range.IsUsual(args, rates) & (column % kEach == 0);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const float root = kCareful ? __fsqrt_rn(second[i]) : UsualRoot(second[i]);
     const float over = adamw::Denominator(args, rates, root);
     const float reciprocal = kCareful ? __frcp_rn(over) : UsualReciprocal(over);
-    param[i] = adamw::AdvanceParam(args, rates, FromKept(param[i], args.param_type), first[i],
-                                   reciprocal);
+    param[i] =
+        adamw::AdvanceParam(args, rates, FromKept(param[i], args.param_type), first[i], reciprocal);
     if (args.root) second[i] = root;
     if (args.param_type == DType::kF32) continue;
     if (args.param_type == DType::kF16) param[i] = __fmul_rn(param[i], Factor(DType::kF16));
