@@ -35,6 +35,7 @@ PARTS: dict[str, str] = {
     "attention": r"kernel:.*(fmha|flash|sdpa|cudnn)",
     "quantise": r"kernel:.*(RowsKernel|TransposeKernel|StripKernel|\w*AmaxKernel|\w*TileKernel|"
     r"ThresholdsKernel|Any\w*Kernel)",
+    "norm": r"kernel:.*RmsNorm",
     "GeMM": r"kernel:.*(GemmKernel|gemm|nvjet|cutlass|cublas)",
 }
 """Parts of a step, each by what its kernels are called or where in the program they come from; the

@@ -7,7 +7,7 @@ namespace py = pybind11;
 
 // Operands, results and attributes of the targets as a number: ffi.py asks for the same one, so
 // that a module left over from another version is found out. Raise both when any of them changes.
-constexpr int kInterface = 11;
+constexpr int kInterface = 12;
 
 // Every target, and the name of its handlers less the platform.
 #define JFP4_TARGETS(X)                           \
@@ -18,7 +18,9 @@ constexpr int kInterface = 11;
   X(jfp4_thresholds, Jfp4Thresholds)              \
   X(jfp4_gemm, Jfp4Gemm)                          \
   X(jfp4_packed_gemm, Jfp4PackedGemm)             \
-  X(jfp4_adamw, Jfp4Adamw)
+  X(jfp4_adamw, Jfp4Adamw)                        \
+  X(jfp4_rms_norm, Jfp4RmsNorm)                   \
+  X(jfp4_rms_norm_gradient, Jfp4RmsNormGradient)
 
 extern "C" {
 #define JFP4_DECLARE(target, handler)              \

@@ -2,6 +2,7 @@
 // element has a code before all of its row and of its column are known, so the gradient is read
 // twice: for the largest magnitudes, then, backwards, for the codes of both layouts.
 #include <algorithm>
+#include <limits>
 
 #include "cuda_ffi/kernels/quantize.cuh"
 #include "cuda_ffi/kernels/quantize_any.h"
@@ -44,72 +45,106 @@ __device__ __forceinline__ void LoadFactors(const float* from, float (&factors)[
   }
 }
 
-// First pass. Lanes have the vectors of a row, warps the rows of a chunk in turn. Raises
-// magnitudes.
-constexpr int kAmaxRows = 128;
+// First pass. A block has some rows of a strip of columns, its warps as many of them each, lanes
+// the vectors of a row. Raises magnitudes.
+constexpr int kAmaxWarps = kTileThreads / kWarp;
+constexpr int kAmaxBlocks = 4;  // on a multiprocessor
 template <DType kType>
 constexpr int kAmaxCols = kWarp * kPerVector<kType>;
 
 template <DType kType>
-__global__ void __launch_bounds__(kTileThreads)
-    GradientAmaxKernel(const __grid_constant__ GradientAmax args) {
+__global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
+    GradientAmaxKernel(const __grid_constant__ GradientAmax args, const int warp_rows) {
   constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
-  constexpr int kWarps = kTileThreads / kWarp;
-  static_assert(kAmaxRows % (kInFlight * kWarps) == 0 && kCols <= kTileThreads);
-  __shared__ uint32_t magnitudes[kWarps][kCols];
-  const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxRows, kCols);
+  static_assert(kWarp % kInFlight == 0 && kCols <= kTileThreads);
+  __shared__ uint32_t magnitudes[kAmaxWarps][kCols];
+  const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxWarps * warp_rows, kCols);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t col = at.first_col + lane * kElements;
-  const bool inside = col < args.in.cols;
-  uint32_t* const row_amax = BitsOf(args.row_amax) + at.batch * args.in.rows;
-  uint32_t* const col_amax = BitsOf(args.col_amax) + at.batch * args.in.cols;
-  const bool keep = gridDim.x - blockIdx.x <= kKeptBytes / (kAmaxRows * kWarp * kVectorBytes);
+  const int64_t first_row = at.batch * args.in.rows + at.first_row + warp * warp_rows;
+  const int64_t first_col = at.batch * args.in.cols + at.first_col;
+  const int rows = min(at.rows - warp * warp_rows, warp_rows), col = lane * kElements;
+  const bool inside = col < at.cols;
 
+  const int64_t pitch = args.in.cols / kElements;
+  const uint4* from =
+      static_cast<const uint4*>(args.in.x) + first_row * pitch + (at.first_col + col) / kElements;
+  const int64_t kept = kKeptBytes / (args.in.cols * ElementBytes(kType));
+  const bool keep = first_row + kept >= args.in.batch * args.in.rows;
   float col_factor[kElements] = {}, largest[kElements] = {};
-  if (inside) LoadFactors(args.col_factor + at.batch * args.in.cols + col, col_factor);
-  const uint4* x = static_cast<const uint4*>(args.in.x) +
-                   (at.batch * args.in.rows * args.in.cols + col) / kElements;
-  for (int row = warp; row < kAmaxRows; row += kInFlight * kWarps) {
-    uint4 held[kInFlight];
+  if (inside) LoadFactors(args.col_factor + first_col + col, col_factor);
+
+  // A lane has the factor of a row, and in the end its largest magnitude.
+#pragma unroll 1
+  for (int done = 0; done < rows; done += kWarp) {
+    const bool has_row = done + lane < rows;
+    const float row_factor = has_row ? __ldg(args.row_factor + first_row + done + lane) : 0;
+    uint32_t own = 0;
+#pragma unroll 1
+    for (int first = 0; first < kWarp && done + first < rows; first += kInFlight) {
+      uint4 held[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int64_t r = at.first_row + row + i * kWarps;
-      const uint4* from = x + r * args.in.cols / kElements;
-      held[i] = !inside || r >= args.in.rows ? uint4{} : keep ? __ldg(from) : __ldcs(from);
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int64_t r = at.first_row + row + i * kWarps;
-      if (r >= args.in.rows) break;
-      const float row_factor = __ldg(args.row_factor + at.batch * args.in.rows + r);
-      float v[kElements], of_row = 0;
-      Unpack<kType>(held[i], v);
-#pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        of_row = MaxOrNaN(of_row, fabsf(__fmul_rn(v[j], col_factor[j])));
-        largest[j] = MaxOrNaN(largest[j], fabsf(__fmul_rn(v[j], row_factor)));
+      for (int i = 0; i < kInFlight; ++i, from += pitch) {
+        const bool there = inside && done + first + i < rows;
+        held[i] = !there ? uint4{} : keep ? __ldg(from) : __ldcs(from);
       }
-      const uint32_t all = WarpMax(__float_as_uint(of_row));
-      if (lane == 0) atomicMax(row_amax + r, all);
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const float of_all = __shfl_sync(~0u, row_factor, first + i);
+        float v[kElements], of_row = 0;
+        Unpack<kType>(held[i], v);
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) {
+          of_row = MaxOrNaN(of_row, fabsf(__fmul_rn(v[j], col_factor[j])));
+          largest[j] = MaxOrNaN(largest[j], fabsf(__fmul_rn(v[j], of_all)));
+        }
+        const uint32_t all = WarpMax(__float_as_uint(of_row));
+        if (lane == first + i) own = all;
+      }
     }
+    if (has_row) atomicMax(BitsOf(args.row_amax) + first_row + done + lane, own);
   }
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    magnitudes[warp][lane * kElements + i] = inside ? __float_as_uint(largest[i]) : 0;
+    magnitudes[warp][col + i] = inside ? __float_as_uint(largest[i]) : 0;
   }
   __syncthreads();
   if (threadIdx.x < at.cols) {
     uint32_t all = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) all = max(all, magnitudes[i][threadIdx.x]);
-    atomicMax(col_amax + at.first_col + threadIdx.x, all);
+    for (int i = 0; i < kAmaxWarps; ++i) all = max(all, magnitudes[i][threadIdx.x]);
+    atomicMax(BitsOf(args.col_amax) + first_col + threadIdx.x, all);
   }
 }
 
+int64_t AmaxBlocks(const QuantizeInput& in, int rows, int cols) {
+  return in.batch * CeilDiv(in.rows, rows) * CeilDiv(in.cols, cols);
+}
+
+// Rows of a warp, so that all blocks come in as few turns as their rows are worth.
+cudaError_t ChooseAmaxRows(const QuantizeInput& in, int cols, int* warp_rows) {
+  constexpr int kMost = 128, kBegin = 8;  // rows in the time that a block takes to begin and to end
+  int device, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int rows = kInFlight; rows <= kMost; rows += kInFlight) {
+    const int64_t blocks = AmaxBlocks(in, kAmaxWarps * rows, cols);
+    const int64_t cost = CeilDiv(blocks, kAmaxBlocks * multiprocessors) * (rows + kBegin);
+    if (cost >= least) continue;
+    least = cost;
+    *warp_rows = rows;
+  }
+  return cudaSuccess;
+}
+
 // The same of any shape and alignment: a warp has a row of a strip of columns at a time.
+constexpr int kAnyAmaxRows = 128;
+
 __global__ void __launch_bounds__(kTileThreads)
     AnyGradientAmaxKernel(const __grid_constant__ GradientAmax args) {
-  const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxRows, kWarp);
+  const Place at(blockIdx.x, args.in.rows, args.in.cols, kAnyAmaxRows, kWarp);
   const int lane = threadIdx.x % kWarp;
   uint32_t* const row_amax = BitsOf(args.row_amax) + at.batch * args.in.rows;
   uint32_t* const col_amax = BitsOf(args.col_amax) + at.batch * args.in.cols;
@@ -255,18 +290,20 @@ cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
   const int64_t rows = in.batch * in.rows, cols = in.batch * in.cols;
   if (rows + cols == 0) return cudaSuccess;
-  const cudaError_t error = Launch(ZeroKernel, CeilDiv(std::max(rows, cols), kZeroThreads),
-                                   kZeroThreads, stream, args.row_amax, rows, args.col_amax, cols);
+  cudaError_t error = Launch(ZeroKernel, CeilDiv(std::max(rows, cols), kZeroThreads), kZeroThreads,
+                             stream, args.row_amax, rows, args.col_amax, cols);
   if (error != cudaSuccess || rows * in.cols == 0) return error;
-  const auto blocks = [&](int cols) {
-    return in.batch * CeilDiv(in.rows, kAmaxRows) * CeilDiv(in.cols, cols);
-  };
   if (!TakesVectors(in, args.col_factor, nullptr)) {
-    return Launch(AnyGradientAmaxKernel, blocks(kWarp), kTileThreads, stream, args);
+    return Launch(AnyGradientAmaxKernel, AmaxBlocks(in, kAnyAmaxRows, kWarp), kTileThreads, stream,
+                  args);
   }
   return WithType(in.type, [&](auto type) {
-    return Launch(GradientAmaxKernel<type()>, blocks(kAmaxCols<type()>), kTileThreads, stream,
-                  args);
+    constexpr int kCols = kAmaxCols<type()>;
+    int warp_rows = 0;
+    error = ChooseAmaxRows(in, kCols, &warp_rows);
+    if (error != cudaSuccess) return error;
+    return Launch(GradientAmaxKernel<type()>, AmaxBlocks(in, kAmaxWarps * warp_rows, kCols),
+                  kTileThreads, stream, args, warp_rows);
   });
 }
 

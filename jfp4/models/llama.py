@@ -15,6 +15,7 @@ from jfp4.nn import CalibrationStat, Linear, Prepared, convert
 from jfp4.ops.cross_entropy import cross_entropy, cross_entropy_of_logits
 from jfp4.ops.exchange import spread
 from jfp4.ops.linear import CODES_NAME
+from jfp4.ops.rms_norm import rms_norm, rms_norm_of_stream
 from jfp4.ops.slices import Slices, scan_written_out
 from jfp4.recipe import Recipe, get_recipe
 from jfp4.sharding import batch_shards, constrain
@@ -185,7 +186,8 @@ class Llama(nnx.Module):
         scan = jax.lax.scan if self.config.scan_layers else scan_written_out
         x, written = scan(layer, x, (params, rest))
         nnx.update(self.layers, written)
-        return self._loaded(self.norm)(x)
+        norm = self._loaded(self.norm)
+        return rms_norm(x, _scale(norm), epsilon=norm.epsilon)
 
     def _embedded(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         embed, parts = self._loaded(self.embed), batch_shards()
@@ -230,8 +232,9 @@ class Block(nnx.Module):
         self, x: Float[Array, "b s d"], sin_cos: tuple[Array, Array]
     ) -> Float[Array, "b s d"]:
         """Returns the residual stream after the layer."""
-        x = x + self.attention(self.attention_norm(x), sin_cos)
-        return x + self.mlp(self.mlp_norm(x))
+        x, normalised = _normalised(self.attention_norm, x)
+        x, normalised = _normalised(self.mlp_norm, x, self.attention(normalised, sin_cos))
+        return x + self.mlp(normalised)
 
 
 class Attention(nnx.Module):
@@ -288,6 +291,16 @@ class MLP(nnx.Module):
         y = checkpoint_name(self.gate_up_proj(x), _PRODUCTS)
         y = y.reshape(*y.shape[:-1], -1, 2)
         return self.down_proj(jax.nn.silu(y[..., 0]) * y[..., 1])
+
+
+def _normalised(norm: nnx.RMSNorm, *terms: Array) -> tuple[Array, Array]:
+    """The stream, and what a norm gives of it."""
+    return rms_norm_of_stream(terms, _scale(norm), epsilon=norm.epsilon)
+
+
+def _scale(norm: nnx.RMSNorm) -> Array:
+    assert norm.scale is not None
+    return norm.scale[...]
 
 
 def _prepare_linears(module: nnx.Module) -> None:

@@ -34,10 +34,10 @@ T = TypeVar("T")
 Backend = Literal["auto", "xla", "host", "cuda"]
 Layout = Literal["codes", "codes_t", "packed"]
 
-OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw")
+OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw", "rms_norm")
 """What has kernels."""
 
-INTERFACE = 11
+INTERFACE = 12
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -479,6 +479,71 @@ def packed_gemm(
     a, b = (_pad_last(packed, ROW_BYTES) for packed in (a, b))
     y = jax.ShapeDtypeStruct((*batch, m, b.shape[-2]), out_dtype)
     return _call("jfp4_packed_gemm", y)(a, a_scale, b, b_scale, bias)
+
+
+NORM_COLUMNS = 8192
+"""Most columns of a norm: a row waits in the registers of one block."""
+
+NORM_PARTS = 384
+"""Most parts that the rows of a norm's gradient are summed up in, a block each: as many as are
+resident at once. Sums are in an order that follows from the shape alone."""
+
+
+def rms_norm(
+    x: Float[Array, "*b m d"],
+    scale: Float32[Array, "*b d"],
+    *,
+    epsilon: float,
+    added: Float[Array, "*b m d"] | None = None,
+) -> tuple[Float[Array, "*b m d"] | None, Float[Array, "*b m d"]]:
+    """``x + added`` in ``x``'s dtype, None where nothing is added, and its ``rms_norm``.
+
+    Args:
+        x: bfloat16, float16 or float32; no axis is empty, nor the last longer than
+            ``NORM_COLUMNS``.
+        scale: a factor a column.
+        epsilon: added to the mean square.
+        added: as x.
+    """
+    columns = x.shape[-1] if added is not None else 0
+    results = (
+        jax.ShapeDtypeStruct((*x.shape[:-1], columns), x.dtype),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+    )
+    total, y = _call("jfp4_rms_norm", results)(
+        x, _or_absent(added, x), scale, epsilon=np.float32(epsilon)
+    )
+    return None if added is None else total, y
+
+
+def rms_norm_gradient(
+    x: Float[Array, "*b m d"],
+    scale: Float32[Array, "*b d"],
+    dy: Float[Array, "*b m d"],
+    *,
+    epsilon: float,
+    dsum: Float[Array, "*b m d"] | None = None,
+) -> tuple[Float[Array, "*b m d"], Float32[Array, "*b d"]]:
+    """The gradients of ``rms_norm`` by what it normalises, and by the scale.
+
+    Args:
+        x: what was normalised.
+        scale: as there.
+        dy: the gradient of the norm, of x's dtype.
+        epsilon: as there.
+        dsum: what is added to the first, of x's dtype.
+    """
+    *batch, m, d = x.shape
+    parts = min(NORM_PARTS, m)
+    results = jax.ShapeDtypeStruct(x.shape, x.dtype), _float32(*batch, parts, d)
+    dx, dscale = _call("jfp4_rms_norm_gradient", results)(
+        x, scale, dy, _or_absent(dsum, x), epsilon=np.float32(epsilon)
+    )
+    return dx, jnp.sum(dscale, axis=-2)
+
+
+def _or_absent(x: Array | None, like: Array) -> Array:
+    return jnp.zeros((*like.shape[:-1], 0), like.dtype) if x is None else x
 
 
 Moment = TypeVar("Moment")  # Blocks, or float32

@@ -23,6 +23,7 @@ from jfp4.ops import ffi
 from jfp4.ops.exchange import spread
 from jfp4.ops.outliers import thresholds
 from jfp4.ops.quantize import quantize_both, quantize_gradient
+from jfp4.ops.rms_norm import rms_norm_of_stream
 from jfp4.ops.slices import Slices
 from jfp4.qtensor import PackedQTensor
 from train.collectives import collectives
@@ -212,6 +213,15 @@ def operations(results, backend):
     run(
         "thresholds, NaN", lambda x: thresholds(x, sample=None), (P(BATCH, "tensor"),), None, broken
     )
+
+    # Of numbers whose sums are exact, in any order.
+    def norm(x, added, scale, dy):
+        y, vjp = jax.vjp(lambda *v: rms_norm_of_stream(v[:2], v[2], epsilon=0.0), x, added, scale)
+        return y, vjp((dy, dy))
+
+    signs, whole_dy = jnp.sign(x), jnp.round(dy[:, :K])
+    specs = (both, both, nothing, both)
+    run("norm", norm, specs, None, 2 * signs, -signs, jnp.ones(K), whole_dy)
 
     # What nobody divides is gathered, in silence.
     one = jnp.ones((1, 1), jnp.float32)

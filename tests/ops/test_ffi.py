@@ -691,6 +691,29 @@ PACKED_GEMM = Call(
     {"y": (BF16, (3, 5))},
     {},
 )
+RMS_NORM = Call(
+    "jfp4_rms_norm",
+    {"x": (BF16, (2, 3, 8)), "added": (BF16, (2, 3, 8)), "scale": (F32, (2, 8))},
+    {"sum": (BF16, (2, 3, 8)), "y": (BF16, (2, 3, 8))},
+    {"epsilon": np.float32(1e-5)},
+)
+RMS_NORM_GRADIENT = Call(
+    "jfp4_rms_norm_gradient",
+    {"x": (F16, (3, 8)), "scale": (F32, (8,)), "dy": (F16, (3, 8)), "dsum": (F16, (3, 8))},
+    {"dx": (F16, (3, 8)), "dscale": (F32, (2, 8))},
+    {"epsilon": np.float32(1e-5)},
+)
+CALLS = [
+    ROWS,
+    COLUMNS,
+    GRADIENT_AMAX,
+    GRADIENT,
+    THRESHOLDS,
+    GEMM,
+    PACKED_GEMM,
+    RMS_NORM,
+    RMS_NORM_GRADIENT,
+]
 
 MISTAKES = [
     (ROWS, {"x": ("int8", (2, 3, 8))}, "x is another type[2, 3, 8]; expected bf16, f16 or f32"),
@@ -777,11 +800,33 @@ MISTAKES = [
     (PACKED_GEMM, {"b_scale": (F32, (5, 1))}, "b_scale is f32[5, 1]; expected f32[1, 1]"),
     (PACKED_GEMM, {"bias": (BF16, (5,))}, "bias is bf16[5]; expected f32[5], beside a u8[3, 16]"),
     (PACKED_GEMM, {"y": (F32, (5, 3))}, "y is f32[5, 3]; expected f32[3, 5], beside a u8[3, 16]"),
+    (RMS_NORM, {"x": (U8, (2, 3, 8))}, "x is u8[2, 3, 8]; expected bf16, f16 or f32"),
+    (RMS_NORM, {"x": (BF16, (8,))}, "x is bf16[8]; expected at least 2 dimensions"),
+    (RMS_NORM, {"x": (BF16, (2, 3, 8193))}, "x is bf16[2, 3, 8193]; expected at most 8192 columns"),
+    (
+        RMS_NORM,
+        {"added": (F16, (2, 3, 8))},
+        "added is f16[2, 3, 8]; expected bf16[2, 3, 8], beside",
+    ),
+    (RMS_NORM, {"added": (BF16, (2, 3, 0))}, "added is bf16[2, 3, 0] and sum bf16[2, 3, 8]; expec"),
+    (RMS_NORM, {"scale": (BF16, (2, 8))}, "scale is bf16[2, 8]; expected f32[2, 8], beside x bf16"),
+    (
+        RMS_NORM,
+        {"sum": (BF16, (2, 8, 3))},
+        "sum is bf16[2, 8, 3]; expected bf16[2, 3, 8], beside x",
+    ),
+    (RMS_NORM, {"y": (F32, (2, 3, 8))}, "y is f32[2, 3, 8]; expected bf16[2, 3, 8], beside x bf16"),
+    (RMS_NORM_GRADIENT, {"x": (F16, (8,))}, "x is f16[8]; expected at least 2 dimensions"),
+    (RMS_NORM_GRADIENT, {"scale": (F32, (3,))}, "scale is f32[3]; expected f32[8], beside x f16"),
+    (RMS_NORM_GRADIENT, {"dy": (F16, (2, 8))}, "dy is f16[2, 8]; expected f16[3, 8], beside x f16"),
+    (RMS_NORM_GRADIENT, {"dsum": (F32, (3, 8))}, "dsum is f32[3, 8]; expected f16[3, 8], beside x"),
+    (RMS_NORM_GRADIENT, {"dx": (F16, (8, 3))}, "dx is f16[8, 3]; expected f16[3, 8], beside x f16"),
+    (RMS_NORM_GRADIENT, {"dscale": (F32, (8,))}, "dscale is f32[8]; expected f32[1, 8], beside x"),
 ]
 
 
 @built
-@pytest.mark.parametrize("call", [ROWS, COLUMNS, GRADIENT, THRESHOLDS, GEMM, PACKED_GEMM])
+@pytest.mark.parametrize("call", CALLS)
 def test_the_calls_below_are_right_but_for_their_one_change(call):
     assert len(call()) == len(call.results)
 
@@ -819,7 +864,7 @@ def test_a_parameter_without_an_axis_is_refused():
 
 @built
 def test_every_operand_and_result_has_a_mistake_above():
-    for call in (ROWS, COLUMNS, GRADIENT, THRESHOLDS, GEMM, PACKED_GEMM):
+    for call in CALLS:
         changed = {name for other, change, _ in MISTAKES if other is call for name in change}
         untested = {*call.operands, *call.results} - changed
         # Those of columns are rows' own.
@@ -938,7 +983,7 @@ def test_backends_reads_well():
         {"quantize": ffi.Served("cuda"), "gemm": ffi.Served("cuda"), "f": ffi.Served("xla", "why")},
     )
     assert str(served) == "on cuda: quantize, gemm by cuda; f by xla (why)"
-    assert {"quantize", "thresholds", "gemm", "packed_gemm", "adamw"} == set(
+    assert {"quantize", "thresholds", "gemm", "packed_gemm", "adamw", "rms_norm"} == set(
         jfp4.backends().operations
     )
 

@@ -80,6 +80,7 @@ def test_layers_give_what_one_device_does(found, case):
         # The largest magnitude of each of a device's rows; of each column.
         ("quantize, tensor", [["all-reduce", 4 * 512 // 4, 2]]),
         ("gradient", [["all-reduce", 4 * 128, 4]]),
+        ("norm", [["all-reduce", 4 * 64, 4]]),
         ("thresholds", [["all-reduce", 2 * 1000, 8]]),
         ("thresholds, NaN", [["all-reduce", 2 * 512 * 64, 8]]),
     ],

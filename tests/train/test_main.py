@@ -144,7 +144,10 @@ def test_says_what_computes_before_it_compiles(elsewhere, text, capsys, monkeypa
 
     monkeypatch.setattr("train.plan.make_plan", stop)
     for flags, first in (
-        (["--backend=xla"], "quantize, thresholds, gemm, packed_gemm, adamw by xla (asked for)"),
+        (
+            ["--backend=xla"],
+            "quantize, thresholds, gemm, packed_gemm, adamw, rms_norm by xla (asked for)",
+        ),
         ([], str(ffi.backends())),
         (["--recipe=bf16"], "llama5m in bf16: compiling"),
     ):
