@@ -263,7 +263,8 @@ def estimated_activations(config: TrainConfig) -> int:
     """Bytes that the batch has a part in, from shapes alone.
 
     What is kept for the backward; what a layer would keep whose backward is computed, where remat
-    makes it anew; and a chunk's logits with their gradient, or all of a head that is quantised.
+    makes it anew; the gradients on their way through it, of gate and up and of the stream; and a
+    chunk's logits with their gradient, or all of a head that is quantised.
     """
     model, n = config.llama, config.optimizer.accumulation
     # With another microbatch weights are prepared, as they are where remat reads them again.
@@ -280,4 +281,5 @@ def estimated_activations(config: TrainConfig) -> int:
     a_layer = two - one if model.remat != "none" else 0
     tokens = config.batch_size // n * config.seq_len
     chunk = chunk_size(tokens, model.vocab_size, model.loss_chunk)
-    return kept_bytes(config) + a_layer + 8 * chunk * model.vocab_size
+    passing = tokens * (2 * model.mlp_dim + model.embed_dim) * jax.numpy.dtype(model.dtype).itemsize
+    return kept_bytes(config) + a_layer + passing + 8 * chunk * model.vocab_size

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jfp4.ops import ffi, partition
-from jfp4.ops.partition import Part, Rule, varying_alike
+from jfp4.ops import ffi
+from jfp4.ops.partition import WHOLE, Part, Rule, varying_alike
 from jfp4.ops.quantize import check_float, kernel_input
 
 
@@ -176,8 +176,11 @@ def _backward(
 
 def _by(kernel: Callable[..., tuple[Array, Array]], x: Array) -> Callable[..., tuple[Array, Array]]:
     """What computes by the path that serves ``x``; see ``ffi.dispatch``."""
-    served = x.size > 0 and x.shape[-1] <= ffi.NORM_COLUMNS and kernel_input(x).dtype == x.dtype
-    return functools.partial(ffi.dispatch, kernel) if served else partition.by_xla
+    fits = x.size > 0 and x.shape[-1] <= ffi.NORM_COLUMNS and kernel_input(x).dtype == x.dtype
+    if fits and ffi.kernel_platforms():
+        return functools.partial(ffi.dispatch, kernel)
+    # Its own sums XLA divides as well as any rule would.
+    return lambda xla, *operands, rule: xla(WHOLE, *operands)
 
 
 def _rows(x: Array) -> Array:
