@@ -149,7 +149,8 @@ Of models with the full width and {layers}, written out, nothing recomputed,
 {state["master"]}, moments in {state["first_moment"]} and {state["second_moment"]}; the recipes by
 turns, medians. TFLOP/s are of the model's arithmetic, whatever
 it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit
-{source["commit"]}{flags_of(source)}.
+{source["commit"]}{flags_of(source)}. Such steps run at the power that the GPU is allowed: after
+minutes of other load they have taken one or two percent longer, all recipes alike.
 
 {train_step.table(results)}
 
