@@ -149,8 +149,9 @@ Of models with the full width and {layers}, written out, nothing recomputed,
 {state["master"]}, moments in {state["first_moment"]} and {state["second_moment"]}; the recipes by
 turns, medians. TFLOP/s are of the model's arithmetic, whatever
 it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit
-{source["commit"]}{flags_of(source)}. Such steps run at the power that the GPU is allowed: after
-minutes of other load they have taken one or two percent longer, all recipes alike.
+{source["commit"]}{flags_of(source)}. Such steps run at the power that the GPU is allowed: right
+after minutes of other benchmarks, on another GPU of the kind, they have taken two to three percent
+longer.
 
 {train_step.table(results)}
 

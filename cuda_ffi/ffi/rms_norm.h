@@ -15,11 +15,22 @@ inline void* TakeRows(Checker& check, const char* name, Buffer buffer, Buffer x,
   return check.Take<void>(name, buffer, type, {check.dim(0), check.dim(1)});
 }
 
-inline void CheckColumns(Checker& check, Buffer x) {
-  if (check.dim(1) > kMaxNormColumns) {
+// What both calls are given: x, the scale and epsilon.
+template <typename Args>
+Args TakeInput(Checker& check, Buffer x, Buffer scale, float epsilon) {
+  Args args{};
+  args.type = check.FloatType("x", x);
+  args.batch = check.batch();
+  args.rows = check.dim(0);
+  args.cols = check.dim(1);
+  if (args.cols > kMaxNormColumns) {
     check.Refuse("x is " + Describe(x) + "; expected at most " + std::to_string(kMaxNormColumns) +
                  " columns");
   }
+  args.x = x.untyped_data();
+  args.scale = check.Take<float>("scale", scale, ffi::F32, {args.cols});
+  args.epsilon = epsilon;
+  return args;
 }
 
 struct RmsNormCall {
@@ -40,18 +51,10 @@ struct RmsNormCall {
   static ffi::ErrorOr<RmsNorm> Read(Buffer x, Buffer added, Buffer scale, Output sum, Output y,
                                     float epsilon) {
     Checker check("x", x, 2);
-    RmsNorm args{};
-    args.type = check.FloatType("x", x);
-    args.batch = check.batch();
-    args.rows = check.dim(0);
-    args.cols = check.dim(1);
-    CheckColumns(check, x);
-    args.x = x.untyped_data();
+    auto args = TakeInput<RmsNorm>(check, x, scale, epsilon);
     args.added = TakeRows(check, "added", added, x, /*may_be_absent=*/true);
-    args.scale = check.Take<float>("scale", scale, ffi::F32, {args.cols});
     args.sum = TakeRows(check, "sum", *sum, x, /*may_be_absent=*/true);
     args.y = TakeRows(check, "y", *y, x);
-    args.epsilon = epsilon;
     if ((args.sum == nullptr) != (args.added == nullptr)) {
       check.Refuse("added is " + Describe(added) + " and sum " + Describe(*sum) +
                    "; expected both or neither");
@@ -79,21 +82,13 @@ struct RmsNormGradientCall {
   static ffi::ErrorOr<RmsNormGradient> Read(Buffer x, Buffer scale, Buffer dy, Buffer dsum,
                                             Output dx, Output dscale, float epsilon) {
     Checker check("x", x, 2);
-    RmsNormGradient args{};
-    args.type = check.FloatType("x", x);
-    args.batch = check.batch();
-    args.rows = check.dim(0);
-    args.cols = check.dim(1);
-    CheckColumns(check, x);
-    args.x = x.untyped_data();
-    args.scale = check.Take<float>("scale", scale, ffi::F32, {args.cols});
+    auto args = TakeInput<RmsNormGradient>(check, x, scale, epsilon);
     args.dy = TakeRows(check, "dy", dy, x);
     args.dsum = TakeRows(check, "dsum", dsum, x, /*may_be_absent=*/true);
     args.dx = TakeRows(check, "dx", *dx, x);
     args.parts = std::max<int64_t>(check.Last(*dscale, 2, 0), 1);
     args.rows_of_part = (args.rows + args.parts - 1) / args.parts;
     args.dscale = check.Take<float>("dscale", *dscale, ffi::F32, {args.parts, args.cols});
-    args.epsilon = epsilon;
     return check.Finish(args);
   }
 };

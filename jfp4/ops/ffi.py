@@ -170,8 +170,9 @@ class Backends:
 def backends() -> Backends:
     """Which path serves each operation on the default platform, here and now, and why.
 
-    On a CPU that is XLA unless the host path is asked for. Scales of whole tensors, shifts and the
-    estimator's slope by itself have no kernels: XLA computes them always. In the product that it
+    On a CPU that is XLA unless the host path is asked for. Scales of whole tensors, shifts, the
+    estimator's slope by itself and norms of more than 8,192 columns have no kernels: XLA computes
+    them always. In the product that it
     multiplies the slope has one, of E2M1 with k above 1, unless fsdp divides or FP8 makes the sum.
 
     Raises:

@@ -49,6 +49,19 @@ def test_vmap_is_a_loop(backend):
         assert_close(found, *oracle((operands[:2], *operands[2:])))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_in_its_row(backend, dtype):
+    (x, added), scale, dstream, dy = case((4, 96), dtype, 2)
+    x = x.at[1, 5].set(jnp.nan).at[2, 7].set(jnp.inf)
+    found = jax.jit(forward_and_gradients)(((x, added), scale, dstream, dy))
+    for name in ("y", "dx"):
+        assert np.all(np.isfinite(np.float32(found[name])[[0, 3]]))
+        assert np.all(np.isnan(np.float32(found[name])[1]))
+    assert np.isnan(np.float32(found["y"])[2, 7])
+    assert np.all(np.isnan(np.float32(found["dx"])[2]))
+    assert np.all(np.isnan(found["dscale"][jnp.array([5, 7])]))
+
+
 def test_wide_rows_are_xlas(backend):
     """A row that no block holds is not refused."""
     operands = case((2, ffi.NORM_COLUMNS + 8), "bfloat16", 2)
