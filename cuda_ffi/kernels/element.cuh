@@ -99,6 +99,19 @@ struct Word {
     return result;
   }
 
+  // The largest magnitude of each element, its sign to be ignored; NaN if either is.
+  static __device__ __forceinline__ uint32_t MaxMagnitude(uint32_t a, uint32_t b) {
+    uint32_t result;
+    if constexpr (kType == DType::kBF16) {
+      asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    } else if constexpr (kType == DType::kF16) {
+      asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    } else {
+      asm("max.NaN.xorsign.abs.f32 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    }
+    return result;
+  }
+
   static __device__ __forceinline__ float Get(uint32_t word, int index) {
     if constexpr (kType == DType::kBF16) {
       return __uint_as_float(index == 0 ? word << 16 : word & 0xFFFF0000);
@@ -160,34 +173,33 @@ __device__ __forceinline__ uint32_t ClippedMagnitude(float v, const Limits& limi
 // The extremes of some words, place by place. Clipping is monotonic, so the largest clipped
 // magnitude is that of an extreme, and costs one packed maximum and one packed minimum a word
 // instead of a conversion and a clip an element. The extremes start from zero, which never wins:
-// clipping takes it to the least magnitude between the limits.
-template <DType kType>
+// clipping takes it to the least magnitude between the limits. Where nothing is clipped, one
+// maximum of magnitudes is enough.
+template <DType kType, Clip kClip>
 struct Extremes {
   uint32_t high = 0, low = 0;
 
   __device__ __forceinline__ void Include(uint32_t word) {
-    high = Word<kType>::Max(high, word);
-    low = Word<kType>::Min(low, word);
+    if constexpr (kClip == Clip::kNone) {
+      high = Word<kType>::MaxMagnitude(high, word);
+    } else {
+      high = Word<kType>::Max(high, word);
+      low = Word<kType>::Min(low, word);
+    }
   }
 
   // The bits of the largest clipped magnitude in place `index` of the words.
-  template <Clip kClip>
   __device__ __forceinline__ uint32_t Magnitude(int index, const Limits& limits) const {
-    const float most = Word<kType>::Get(high, index), least = Word<kType>::Get(low, index);
-    if constexpr (kClip == Clip::kNone) {
-      return max(MagnitudeBits(most), MagnitudeBits(least));
-    } else {
-      return max(ClippedMagnitude(most, limits), ClippedMagnitude(least, limits));
-    }
+    const float most = Word<kType>::Get(high, index);
+    if constexpr (kClip == Clip::kNone) return MagnitudeBits(most);
+    const float least = Word<kType>::Get(low, index);
+    return max(ClippedMagnitude(most, limits), ClippedMagnitude(least, limits));
   }
 
   // The same over all places.
-  template <Clip kClip>
   __device__ __forceinline__ uint32_t Magnitude(const Limits& limits) const {
-    uint32_t result = Magnitude<kClip>(0, limits);
-    if constexpr (Word<kType>::kElements == 2) {
-      result = max(result, Magnitude<kClip>(1, limits));
-    }
+    uint32_t result = Magnitude(0, limits);
+    if constexpr (Word<kType>::kElements == 2) result = max(result, Magnitude(1, limits));
     return result;
   }
 };
@@ -263,6 +275,24 @@ __device__ __forceinline__ float RoundToGrid(float v) {
   }
 }
 
+// The same of a magnitude, without taking out an exponent, which is an operation of the kind that
+// quantising kernels are short of. 2^22 times a number has the step of the number's binade as its
+// last place, and so has what is left of it when the number is taken off. Where that falls into the
+// binade below, whose places are finer, the number is next to the first of its binade, and is still
+// rounded to that. (A sum would rise into the binade above, whose places are too coarse.) For the
+// same reason the least is a little more than the least normal value.
+template <Format kFormat>
+__device__ __forceinline__ float RoundMagnitude(float v) {
+  if constexpr (kFormat == Format::kE2M1 || kFormat == Format::kE2M1B3) {
+    constexpr float kAnchor = 0x1p22f;
+    constexpr float kLeast = (kFormat == Format::kE2M1 ? 1.0f : 0.25f) * (1 + 0x1p-20f);
+    const float anchor = fmaxf(v, kLeast);
+    return __fmaf_rn(anchor, kAnchor, -__fmaf_rn(anchor, kAnchor, -v));
+  } else {
+    return RoundToGrid<kFormat>(v);
+  }
+}
+
 // x / scale, from the reciprocal; subnormals, as factors and as the product, are zeros. Of a
 // product that rounding alone takes to 2^-126 it may be zero or that: at most a zero's sign depends
 // on it.
@@ -332,12 +362,24 @@ __device__ __forceinline__ uint32_t ToNibbles(uint32_t first, uint32_t second) {
   return __byte_perm(NibblesApart(first), NibblesApart(second), 0x6420);
 }
 
-// Transposes 4 x 4 bytes: in, a word a row; out, a word a column.
-__device__ __forceinline__ void TransposeBytes(const uint32_t (&row)[4], uint32_t (&column)[4]) {
-  const uint32_t low01 = __byte_perm(row[0], row[1], 0x5140);
-  const uint32_t low23 = __byte_perm(row[2], row[3], 0x5140);
-  const uint32_t high01 = __byte_perm(row[0], row[1], 0x7362);
-  const uint32_t high23 = __byte_perm(row[2], row[3], 0x7362);
+// Eight E2M1 codes over 64, bytes `s 0 0 e e m 0 0`, to nibbles `s e e m`.
+__device__ __forceinline__ uint32_t SmallToNibbles(uint32_t first, uint32_t second) {
+  const uint32_t even = __byte_perm(first, second, 0x6420);
+  const uint32_t odd = __byte_perm(first, second, 0x7531);
+  const uint32_t low = (even >> 4 & 0x08080808) | (even >> 2 & ~0x08080808);
+  const uint32_t high = (odd & 0x80808080) | (odd << 2 & ~0x80808080);
+  return (low & 0x0F0F0F0F) | (high & ~0x0F0F0F0F);
+}
+
+// Transposes 4 x 4 bytes: in, a word a row, or, if `swapped`, the rows of either pair swapped; out,
+// a word a column.
+__device__ __forceinline__ void TransposeBytes(const uint32_t (&row)[4], uint32_t (&column)[4],
+                                               bool swapped = false) {
+  const uint32_t low = swapped ? 0x1504 : 0x5140, high = swapped ? 0x3726 : 0x7362;
+  const uint32_t low01 = __byte_perm(row[0], row[1], low);
+  const uint32_t low23 = __byte_perm(row[2], row[3], low);
+  const uint32_t high01 = __byte_perm(row[0], row[1], high);
+  const uint32_t high23 = __byte_perm(row[2], row[3], high);
   column[0] = __byte_perm(low01, low23, 0x5410);
   column[1] = __byte_perm(low01, low23, 0x7632);
   column[2] = __byte_perm(high01, high23, 0x5410);

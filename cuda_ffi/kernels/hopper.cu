@@ -4,7 +4,8 @@ namespace jfp4 {
 
 cudaError_t MakeTensorMap(CUtensorMap* map, CUtensorMapDataType type, int element_bytes,
                           const void* data, int64_t batch, int64_t rows, int64_t cols, int box_rows,
-                          int box_cols, CUtensorMapSwizzle swizzle) {
+                          int box_cols, CUtensorMapSwizzle swizzle,
+                          CUtensorMapL2promotion promotion) {
   // The driver's function is looked up at run time, so that the library also loads without a
   // driver.
   static void* const encode = [] {
@@ -22,8 +23,7 @@ cudaError_t MakeTensorMap(CUtensorMap* map, CUtensorMapDataType type, int elemen
   const cuuint32_t element_strides[3] = {1, 1, 1};
   CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
       map, type, 3, const_cast<void*>(data), sizes, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -200,10 +200,11 @@ __device__ __forceinline__ uint64_t WgmmaDescriptor(const void* p) {
 // --- host side ---
 
 // A map of a contiguous [batch, rows, cols] tensor for boxes of [1, box_rows, box_cols]. Elements
-// past an edge read as zero and are not stored. Returns an error if the driver refuses the
-// geometry.
+// past an edge read as zero and are not stored. `promotion` is how much L2 fetches at once. Returns
+// an error if the driver refuses the geometry.
 cudaError_t MakeTensorMap(CUtensorMap* map, CUtensorMapDataType type, int element_bytes,
                           const void* data, int64_t batch, int64_t rows, int64_t cols, int box_rows,
-                          int box_cols, CUtensorMapSwizzle swizzle);
+                          int box_cols, CUtensorMapSwizzle swizzle,
+                          CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 
 }  // namespace jfp4

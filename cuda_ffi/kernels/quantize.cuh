@@ -92,19 +92,62 @@ struct Scaling {
   }
 };
 
+// Codes times a power of two.
 template <Format kFormat, Clip kClip, int kElements, typename AnyLimits>
 __device__ __forceinline__ void Encode(const float (&x)[kElements],
                                        const Scaling<kElements>& scaling, const AnyLimits& limits,
-                                       uint32_t (&words)[kElements / 4]) {
+                                       uint32_t (&words)[kElements / 4], float factor = 1) {
 #pragma unroll
   for (int i = 0; i < kElements / 4; ++i) {
     float code[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      code[j] = Code<kFormat, kClip>(x[4 * i + j], scaling.inverse[4 * i + j], limits);
+      code[j] = factor * Code<kFormat, kClip>(x[4 * i + j], scaling.inverse[4 * i + j], limits);
     }
     words[i] =
         scaling.keep[i] & ToBytes<Carrier(kFormat, kClip)>(code[0], code[1], code[2], code[3]);
+  }
+}
+
+// The signs of a vector's elements 4 * i to 4 * i + 3, in the highest bits of bytes.
+template <DType kType>
+__device__ __forceinline__ uint32_t Signs(const uint32_t (&words)[4], int i) {
+  constexpr uint32_t kSigns = 0x80808080;
+  if constexpr (kType != DType::kF32) {
+    return __byte_perm(words[2 * i], words[2 * i + 1], 0x7531) & kSigns;
+  } else {
+    return __byte_perm(__byte_perm(words[0], words[1], 0x0073),
+                       __byte_perm(words[2], words[3], 0x7300), 0x7610) &
+           kSigns;
+  }
+}
+
+// The same of a vector. Codes that are not clipped have the signs of the elements, so there it is
+// enough to round magnitudes.
+template <DType kType, Format kFormat, Clip kClip, typename AnyLimits>
+__device__ __forceinline__ void EncodeVector(const uint4& vector,
+                                             const Scaling<kPerVector<kType>>& scaling,
+                                             const AnyLimits& limits,
+                                             uint32_t (&words)[kPerVector<kType> / 4],
+                                             float factor = 1) {
+  float x[kPerVector<kType>];
+  Unpack<kType>(vector, x);
+  if constexpr (!IsFourBit(kFormat) || kClip != Clip::kNone) {
+    Encode<kFormat, kClip>(x, scaling, limits, words, factor);
+  } else {
+    const uint32_t signed_words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int i = 0; i < kPerVector<kType> / 4; ++i) {
+      float code[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float scaled = Scaled(fabsf(x[4 * i + j]), scaling.inverse[4 * i + j]);
+        code[j] = factor * RoundMagnitude<kFormat>(scaled);
+      }
+      words[i] =
+          scaling.keep[i] & (ToBytes<Carrier(kFormat, kClip)>(code[0], code[1], code[2], code[3]) |
+                             Signs<kType>(signed_words, i));
+    }
   }
 }
 
@@ -128,7 +171,23 @@ __device__ __forceinline__ void StoreBytes(void* to, const uint32_t (&words)[kWo
   }
 }
 
-// The same codes as nibbles.
+// E2M1 codes over 64 as nibbles, which cost less of these.
+constexpr float kSmall = 1.0f / 64;
+template <int kWords>
+__device__ __forceinline__ void StoreSmall(void* to, const uint32_t (&words)[kWords]) {
+  if constexpr (kWords == 1) {
+    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(SmallToNibbles(words[0], 0));
+  } else {
+    uint32_t nibbles[kWords / 2];
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) {
+      nibbles[i] = SmallToNibbles(words[2 * i], words[2 * i + 1]);
+    }
+    StoreBytes(to, nibbles);
+  }
+}
+
+// E2M1 codes as nibbles.
 template <int kWords>
 __device__ __forceinline__ void StoreNibbles(void* to, const uint32_t (&words)[kWords]) {
   if constexpr (kWords == 1) {
@@ -149,10 +208,13 @@ __device__ __forceinline__ void StoreNibbles(void* to, const uint32_t (&words)[k
 constexpr int kGroupRows = 16;
 
 // The codes of four rows, a word of four columns each, to rows 4 * i to 4 * i + 3 of the columns.
+// `swapped` is as TransposeBytes has it.
+template <int kWords>
 __device__ __forceinline__ void TransposeWords(const uint32_t (&words)[4],
-                                               uint32_t (*columns)[kGroupRows / 4], int i) {
+                                               uint32_t (*columns)[kWords], int i,
+                                               bool swapped = false) {
   uint32_t out[4];
-  TransposeBytes(words, out);
+  TransposeBytes(words, out, swapped);
 #pragma unroll
   for (int j = 0; j < 4; ++j) columns[j][i] = out[j];
 }

@@ -1,48 +1,48 @@
-// A scale a column, in one read: a cluster of blocks divides a strip of the matrix, as wide as a
-// line of memory, and holds it in shared memory until its columns' scales are known. It does so in
-// pieces, each of one warp alone: the warp waits for its pieces, finds their largest magnitudes,
-// and, once the cluster has agreed on the scales, writes their codes in both layouts and loads
-// pieces of the cluster's next strip in their place. So no warp waits for another but for the
-// scales, and loads go on while codes are written. Of a strip that is too long to be held, the
-// first pieces make room for the last and are loaded again.
+// A scale a column, in one read: a cluster of blocks divides a strip of the matrix and holds it in
+// shared memory until its columns' scales are known. It does so in pieces, each of one warp alone:
+// the warp waits for its pieces, finds their largest magnitudes, and, once the cluster has agreed
+// on the scales, writes their codes in both layouts and loads pieces of a later strip in their
+// place. So no warp waits for another but for the scales, and the next strip has come, or is
+// coming, meanwhile. Of a strip that is too long to be held, the first pieces make room for the
+// last and are loaded again.
 #include "cuda_ffi/kernels/quantize.cuh"
 #include "cuda_ffi/kernels/quantize_any.h"
 
 namespace jfp4 {
 namespace {
 
-// A piece: what the copy engine loads at once. A lane has the codes of one vector of each of 16
-// rows: 16 bytes of every column of the vector. Lanes beside each other have the vectors of a row,
-// so that they read all banks.
-constexpr int kLineBytes = 128;
-constexpr int kVectors = kLineBytes / kVectorBytes;  // in a row
-constexpr int kRowGroups = kWarp / kVectors;
-constexpr int kPieceRows = kRowGroups * kGroupRows;
-constexpr int kPieceBytes = kPieceRows * kLineBytes;
+// A piece: what the copy engine loads at once. A lane has the codes of one vector of each of eight
+// rows: eight bytes of every column of the vector. Strips are as narrow as whole sectors of codes
+// allow, since the narrower they are the more of them are held at a time.
+constexpr int kPieceCols = 32;
+constexpr int kLaneRows = 8;
+constexpr int kPieceBytes = kWarp * kLaneRows * kVectorBytes;
 template <DType kType>
-constexpr int kPieceCols = kVectors * kPerVector<kType>;
+struct Piece {
+  static constexpr int kVectors = kPieceCols / kPerVector<kType>;  // in a row
+  static constexpr int kRowGroups = kWarp / kVectors;
+  static constexpr int kRows = kRowGroups * kLaneRows;
+};
 
 constexpr int kCluster = 8;     // the largest that every device of this architecture can schedule
-constexpr int kMaxWarps = 12;   // of a block, so that two have registers on a multiprocessor
-constexpr int kMaxPieces = 27;  // of a block, which then has a multiprocessor's shared memory
+constexpr int kMaxWarps = 27;   // of a block
+constexpr int kMaxPieces = 54;  // that a block holds, which then has a multiprocessor to itself
 
 // What a block keeps behind its pieces. The largest magnitudes that the cluster has found are those
 // of this strip and of the last by turns; reciprocals of scales are NaN where those are.
-template <DType kType>
 struct Shared {
-  uint32_t block_amax[2][kPieceCols<kType>];
-  uint32_t cluster_amax[2][kPieceCols<kType>];
-  float inverses[kPieceCols<kType>];
+  uint32_t block_amax[2][kPieceCols];
+  uint32_t cluster_amax[2][kPieceCols];
+  float inverses[kPieceCols];
   uint64_t agreed[2];  // barriers
 };
 
 // With one barrier a piece.
-template <DType kType>
 constexpr int SharedBytes(int pieces) {
-  return sizeof(Shared<kType>) + pieces * (kPieceBytes + sizeof(uint64_t));
+  return sizeof(Shared) + pieces * (kPieceBytes + sizeof(uint64_t));
 }
 
-static_assert(SharedBytes<DType::kBF16>(kMaxPieces) <= 227 << 10);
+static_assert(SharedBytes(kMaxPieces) <= 227 << 10);
 
 // Raises a number in the shared memory of another block of the cluster and counts its bytes on the
 // barrier there.
@@ -73,21 +73,24 @@ __device__ __forceinline__ void ShareMaxima(uint32_t (&values)[kSize]) {
   }
 }
 
-// A warp's places for pieces are a ring, `slots` long.
+// A warp's places for pieces are a ring, `slots` long, which goes on from strip to strip.
 template <DType kType, Format kFormat, Clip kClip>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
     StripKernel(const __grid_constant__ CUtensorMap map,
                 const __grid_constant__ QuantizeColumns args, const int slots) {
-  constexpr int kElements = kPerVector<kType>, kCols = kPieceCols<kType>;
+  constexpr int kElements = kPerVector<kType>, kVectors = Piece<kType>::kVectors;
+  constexpr int kRowGroups = Piece<kType>::kRowGroups, kPieceRows = Piece<kType>::kRows;
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int vector = lane % kVectors, group = lane / kVectors;
+  // Where a row has half of the banks, groups beside each other read rows of either half.
+  const int odd = kVectors * kVectorBytes < 4 * kBanks ? group % 2 : 0;
   uint8_t* const held = memory + warp * slots * kPieceBytes;
-  auto& shared = *reinterpret_cast<Shared<kType>*>(memory + warps * slots * kPieceBytes);
+  auto& shared = *reinterpret_cast<Shared*>(memory + warps * slots * kPieceBytes);
   uint64_t* const loaded = reinterpret_cast<uint64_t*>(&shared + 1) + warp * slots;
 
   const int64_t rows = args.in.rows, cols = args.in.cols;
-  const uint32_t across = TileCount(cols, kCols), strips = args.in.batch * across;
+  const uint32_t across = TileCount(cols, kPieceCols), strips = args.in.batch * across;
   const uint32_t rank = ClusterRank(), step = gridDim.x / kCluster;
   const int pieces = TileCount(rows, kPieceRows), per_block = (pieces + kCluster - 1) / kCluster;
   // The warp's pieces of every strip, `warps` apart.
@@ -104,7 +107,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     if (lane == 0) {
       const int piece = first + (next < count ? next : next - count) * warps;
       BarrierExpect(&loaded[slot], kPieceBytes);
-      TensorLoad(held + slot * kPieceBytes, &map, &loaded[slot], next_strip % across * kCols,
+      TensorLoad(held + slot * kPieceBytes, &map, &loaded[slot], next_strip % across * kPieceCols,
                  piece * kPieceRows, next_strip / across);
     }
     if (++next == loads) {
@@ -129,30 +132,34 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     }
     FenceBarrierInit();
   }
+  const int needed = min(slots, count);
 #pragma unroll 1
-  for (int i = 0; i < slots; ++i) load(i);
-  for (int i = threadIdx.x; i < kCols; i += blockDim.x) {
+  for (int i = 0; i < needed; ++i) load(i);
+  for (int i = threadIdx.x; i < kPieceCols; i += blockDim.x) {
     shared.block_amax[0][i] = shared.cluster_amax[0][i] = 0;
     shared.block_amax[1][i] = shared.cluster_amax[1][i] = 0;
   }
   __syncwarp();
   ClusterSync();
+  // What can wait comes after what all wait for.
+#pragma unroll 1
+  for (int i = needed; i < slots; ++i) load(i);
 
   int oldest = 0;  // slot
   uint32_t turns = 0;
   for (uint32_t strip = blockIdx.x / kCluster; strip < strips; strip += step, ++turns) {
     const uint32_t turn = turns & 1;
-    const int64_t batch = strip / across, first_col = int64_t{strip % across} * kCols;
+    const int64_t batch = strip / across, first_col = int64_t{strip % across} * kPieceCols;
     Limits limits = {};
     if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, batch);
 
     // Groups have rows in turn, which is another order than below: all banks are read in both.
-    Extremes<kType> extremes[4];
+    Extremes<kType, kClip> extremes[4];
     for (int i = 0, slot = oldest; i < count; ++i, slot = after(slot)) {
       wait(slot);
       const uint4* from = reinterpret_cast<const uint4*>(held + slot * kPieceBytes) + lane;
 #pragma unroll
-      for (int j = 0; j < kGroupRows; ++j) {
+      for (int j = 0; j < kLaneRows; ++j) {
         const uint4 v = from[j * kWarp];
         extremes[0].Include(v.x);
         extremes[1].Include(v.y);
@@ -162,7 +169,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
       if (i + slots < count) {
         // A copy waits for no load: what was read must be here before it is written over.
 #pragma unroll
-        for (const Extremes<kType>& e : extremes) asm volatile("" ::"r"(e.high), "r"(e.low));
+        for (const Extremes<kType, kClip>& e : extremes) asm volatile("" ::"r"(e.high), "r"(e.low));
         __syncwarp();
         load(slot);
         oldest = after(slot);
@@ -172,7 +179,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     uint32_t amax[kElements];
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      amax[i] = extremes[i / kPerWord].template Magnitude<kClip>(i % kPerWord, limits);
+      amax[i] = extremes[i / kPerWord].Magnitude(i % kPerWord, limits);
     }
     ShareMaxima<kRowGroups, kVectors, kElements>(amax);
     constexpr int kEach = kElements / kRowGroups;
@@ -182,13 +189,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      BarrierExpect(&shared.agreed[turn], sizeof(uint32_t) * kCluster * kCols);
+      BarrierExpect(&shared.agreed[turn], sizeof(uint32_t) * kCluster * kPieceCols);
     }
-    for (int i = threadIdx.x; i < kCluster * kCols; i += blockDim.x) {
-      RaiseRemote(&shared.cluster_amax[turn][i % kCols], &shared.agreed[turn], i / kCols,
-                  shared.block_amax[turn][i % kCols]);
+    for (int i = threadIdx.x; i < kCluster * kPieceCols; i += blockDim.x) {
+      RaiseRemote(&shared.cluster_amax[turn][i % kPieceCols], &shared.agreed[turn], i / kPieceCols,
+                  shared.block_amax[turn][i % kPieceCols]);
     }
-    for (int i = threadIdx.x; i < kCols; i += blockDim.x) {
+    for (int i = threadIdx.x; i < kPieceCols; i += blockDim.x) {
       BarrierWait(&shared.agreed[turn], turns >> 1 & 1);
       uint32_t all = shared.cluster_amax[turn][i];
       shared.block_amax[turn ^ 1][i] = shared.cluster_amax[turn][i] = 0;
@@ -210,29 +217,27 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
       const int piece = i + max(count - slots, 0);
       const int64_t row =
           int64_t{first + (piece < count ? piece : piece - count) * warps} * kPieceRows +
-          group * kGroupRows;
+          group * kLaneRows;
       if (row < rows && col < cols) {
         const uint4* from = reinterpret_cast<const uint4*>(held + oldest * kPieceBytes) +
-                            group * kGroupRows * kVectors + vector;
+                            group * kLaneRows * kVectors + vector;
         const int64_t at = (batch * rows + row) * cols + col;
         const int64_t at_t = (batch * cols + col) * rows + row;
-        uint32_t columns[kElements][kGroupRows / 4];
+        uint32_t columns[kElements][kLaneRows / 4];
 #pragma unroll
-        for (int j = 0; j < kGroupRows / 4; ++j) {
+        for (int j = 0; j < kLaneRows / 4; ++j) {
           uint32_t words[kElements / 4][4];
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const int r = 4 * j + k;
-            float v[kElements];
+            const int r = (4 * j + k) ^ odd;
             uint32_t codes[kElements / 4];
-            Unpack<kType>(from[r * kVectors], v);
-            Encode<kFormat, kClip>(v, scaling, limits, codes);
+            EncodeVector<kType, kFormat, kClip>(from[r * kVectors], scaling, limits, codes);
             if (args.codes != nullptr) StoreBytes(args.codes + at + r * cols, codes);
 #pragma unroll
             for (int l = 0; l < kElements / 4; ++l) words[l][k] = codes[l];
           }
 #pragma unroll
-          for (int l = 0; l < kElements / 4; ++l) TransposeWords(words[l], columns + 4 * l, j);
+          for (int l = 0; l < kElements / 4; ++l) TransposeWords(words[l], columns + 4 * l, j, odd);
         }
         if (args.codes_t != nullptr) {
 #pragma unroll
@@ -255,28 +260,31 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
 
 // --- launching ---
 
-template <DType kType>
-int64_t StripsOf(const QuantizeInput& in) {
-  return in.batch * CeilDiv(in.cols, kPieceCols<kType>);
-}
+int64_t StripsOf(const QuantizeInput& in) { return in.batch * CeilDiv(in.cols, kPieceCols); }
 
 template <DType kType, Format kFormat, Clip kClip>
-cudaError_t LaunchStrips(const QuantizeColumns& args, int warps, int slots, cudaStream_t stream) {
+cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
   constexpr CUtensorMapDataType kMapType = kType == DType::kBF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                            : kType == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   const QuantizeInput& in = args.in;
   CUtensorMap map;
-  cudaError_t error =
-      MakeTensorMap(&map, kMapType, ElementBytes(kType), in.x, in.batch, in.rows, in.cols,
-                    kPieceRows, kPieceCols<kType>, CU_TENSOR_MAP_SWIZZLE_NONE);
+  cudaError_t error = MakeTensorMap(&map, kMapType, ElementBytes(kType), in.x, in.batch, in.rows,
+                                    in.cols, Piece<kType>::kRows, kPieceCols,
+                                    CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
   if (error != cudaSuccess) return error;
+  // As many places as a block has pieces of two strips, or can have, and one or two of each strip
+  // for a warp. With few, several blocks share a multiprocessor.
+  const int64_t all = CeilDiv(CeilDiv(in.rows, Piece<kType>::kRows), kCluster);
+  const int pieces = static_cast<int>(std::min<int64_t>(all, kMaxPieces));
+  const int warps = CeilDiv(pieces, CeilDiv(pieces, kMaxWarps));
+  const int slots = std::min(2 * pieces, kMaxPieces) / warps;
   const auto kernel = StripKernel<kType, kFormat, kClip>;
-  const int bytes = SharedBytes<kType>(warps * slots);
+  const int bytes = SharedBytes(warps * slots);
   // The most that any call wants: the bound is the process's, and another thread may be between
   // setting it and launching.
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               SharedBytes<kType>(kMaxPieces));
+                               SharedBytes(kMaxPieces));
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute cluster = {};
@@ -284,7 +292,7 @@ cudaError_t LaunchStrips(const QuantizeColumns& args, int warps, int slots, cuda
   cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(StripsOf<kType>(in) * kCluster));
+  config.gridDim = dim3(static_cast<unsigned>(StripsOf(in) * kCluster));
   config.blockDim = dim3(warps * kWarp);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
@@ -296,26 +304,20 @@ cudaError_t LaunchStrips(const QuantizeColumns& args, int warps, int slots, cuda
   int clusters;
   error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (error != cudaSuccess) return error;
-  config.gridDim.x = std::min<int64_t>(clusters, StripsOf<kType>(in)) * kCluster;
+  config.gridDim.x = std::min<int64_t>(clusters, StripsOf(in)) * kCluster;
   return cudaLaunchKernelEx(&config, kernel, map, args, slots);
 }
 
-// As many places as a block has pieces, or can have, and as few of them for each warp as there may
-// be. With one, up to 6144 rows, two blocks or more share a multiprocessor and load by turns.
 cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
-  const int64_t pieces = CeilDiv(CeilDiv(args.in.rows, kPieceRows), kCluster);
-  const int places = static_cast<int>(std::min<int64_t>(pieces, kMaxPieces));
-  const int slots = CeilDiv(places, kMaxWarps), warps = CeilDiv(places, slots);
   return WithAll(args.in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
-    return LaunchStrips<type(), format(), clip()>(args, warps, slots, stream);
+    return LaunchStrips<type(), format(), clip()>(args, stream);
   });
 }
 
 // Coordinates of the copy engine are 32 bits wide, and so are the numbers of blocks.
 bool HasCoordinates(const QuantizeInput& in) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  return in.batch <= kMax && in.rows <= kMax && in.cols <= kMax &&
-         StripsOf<DType::kF32>(in) <= kMax / kCluster;
+  return in.batch <= kMax && in.rows <= kMax && in.cols <= kMax && StripsOf(in) <= kMax / kCluster;
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   Limits limits = {};
   if constexpr (kClip != Clip::kNone) limits = LoadLimits(args.outliers, batch);
-  Extremes<kType> extremes;
+  Extremes<kType, kClip> extremes;
 #pragma unroll
   for (const uint4& vector : held) {
     extremes.Include(vector.x);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     extremes.Include(vector.z);
     extremes.Include(vector.w);
   }
-  uint32_t amax = WarpMax(extremes.template Magnitude<kClip>(limits));
+  uint32_t amax = WarpMax(extremes.Magnitude(limits));
   const int lane = threadIdx.x % kWarp;
   if (lane == 0) warp_amax[threadIdx.x / kWarp] = amax;
   __syncthreads();
@@ -56,13 +56,17 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int i = 0; i < kVectors; ++i) {
     const int vector = threadIdx.x + i * blockDim.x;
     if (vector >= vectors) break;
-    float v[kElements];
-    Unpack<kType>(held[i], v);
     uint32_t words[kElements / 4];
-    Encode<kFormat, kClip>(v, scaling, scaled_limits, words);
     const int64_t at = (row * vectors + vector) * kElements;
-    if (args.codes != nullptr) StoreBytes(args.codes + at, words);
-    if (args.packed != nullptr) StoreNibbles(args.packed + at / 2, words);
+    if (args.codes != nullptr) {
+      EncodeVector<kType, kFormat, kClip>(held[i], scaling, scaled_limits, words);
+      StoreBytes(args.codes + at, words);
+    }
+    if constexpr (kFormat == Format::kE2M1 && kClip != Clip::kCompensate) {
+      if (args.packed == nullptr) continue;
+      EncodeVector<kType, kFormat, kClip>(held[i], scaling, scaled_limits, words, kSmall);
+      StoreSmall(args.packed + at / 2, words);
+    }
   }
 }
 

@@ -127,6 +127,30 @@ def test_compensation_of_every_format_and_dtype(backend, poisoned, format, dtype
 
 
 @by_axis
+@pytest.mark.parametrize("format", FOUR_BITS)
+def test_neighbours_of_every_boundary(backend, format, axis):
+    """Of codes, of the middles between them and of powers of two, at a scale of one."""
+    codes = FORMATS[format].grid.astype(np.float32)
+    places = np.concatenate([codes, (codes[1:] + codes[:-1]) / 2, np.exp2(np.arange(-6, 5.0))])
+    bits = places.astype(np.float32).view(np.int32)[:, None] + np.arange(-8, 9)
+    x = np.maximum(bits, 0).astype(np.int32).view(np.float32).ravel()
+    x = np.concatenate([x[x <= codes[-1]], -x[x <= codes[-1]]])
+    x = np.resize(x, (16, -(-x.size // 16) * 16 + 16))
+    x[:, 0] = codes[-1]
+    check(lambda f, x: [jax.jit(f)(x)], axis, x if axis == 1 else x.T.copy(), format, "plain")
+    assert np.all(ref.scale(x, 1, format) == 1)
+
+
+@by_axis
+@pytest.mark.parametrize("shape", [(27_648 + 1040, 40), (13_824 + 16, 72)], ids=str)
+def test_columns_that_are_held_in_part(backend, shape, axis):
+    """Of two bytes an element, and of four: what makes room is loaded again."""
+    for dtype in ("bfloat16", "float32"):
+        x = tensor(shape, dtype)
+        check(lambda f, x: [jax.jit(f)(x)], axis, x, "e2m1", "plain")
+
+
+@by_axis
 @pytest.mark.parametrize("copies", [2, 1], ids=["fast", "any"])
 @pytest.mark.parametrize("format", FOUR_BITS)
 def test_compensation_about_zero(backend, edges, format, copies, axis):
