@@ -43,7 +43,8 @@ struct QuantizeRows {
 cudaError_t LaunchQuantizeRows(const QuantizeRows& args, cudaStream_t stream);
 
 // One scale a column, [batch, cols]. `packed_t`, [batch, cols, ceil(rows / 2)], is packed along the
-// rows, which is how a weight [k, n] is stored for its product. `amax` is scratch, [batch, cols].
+// rows, which is how a weight [k, n] is stored for its product. `amax` is scratch,
+// [batch, cols].
 struct QuantizeColumns {
   QuantizeInput in;
   Outliers outliers;

@@ -7,6 +7,7 @@
 // last and are loaded again.
 #include "cuda_ffi/kernels/quantize.cuh"
 #include "cuda_ffi/kernels/quantize_any.h"
+#include "cuda_ffi/kernels/tile_counter.cuh"
 
 namespace jfp4 {
 namespace {
@@ -28,12 +29,20 @@ constexpr int kCluster = 8;     // the largest that every device of this archite
 constexpr int kMaxWarps = 27;   // of a block
 constexpr int kMaxPieces = 54;  // that a block holds, which then has a multiprocessor to itself
 
+// Clusters are not equally fast. Where each would have more strips than these, it takes them from a
+// counter; to begin that takes longer than few strips are worth.
+constexpr int kDealt = 6;
+constexpr int kAhead = 2;  // turns for which a cluster knows its strips
+
 // What a block keeps behind its pieces. The largest magnitudes that the cluster has found are those
 // of this strip and of the last by turns; reciprocals of scales are NaN where those are.
 struct Shared {
   uint32_t block_amax[2][kPieceCols];
   uint32_t cluster_amax[2][kPieceCols];
   float inverses[kPieceCols];
+  uint32_t strips[2 * kAhead];  // of turns, by turns
+  uint32_t later;               // strip, to be sent to the cluster's blocks
+  uint32_t unused;
   uint64_t agreed[2];  // barriers
 };
 
@@ -73,7 +82,7 @@ __device__ __forceinline__ void ShareMaxima(uint32_t (&values)[kSize]) {
   }
 }
 
-// A warp's places for pieces are a ring, `slots` long, which goes on from strip to strip.
+// A warp's places for pieces are a ring, at most `slots` long, which goes on from strip to strip.
 template <DType kType, Format kFormat, Clip kClip>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     StripKernel(const __grid_constant__ CUtensorMap map,
@@ -98,30 +107,38 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   const int last = min(static_cast<int>(rank + 1) * per_block, pieces);
   const int count = first < last ? (last - first + warps - 1) / warps : 0;
 
+  const uint32_t cluster = blockIdx.x / kCluster;
+  const auto strip_of = [&](uint32_t turn) {
+    return turn < kAhead ? cluster + turn * step : shared.strips[turn % (2 * kAhead)];
+  };
+  const int ring = min(slots, kAhead * count);
+
   // Loads what comes next into a slot: the pieces of a strip, then those that have made room again.
-  uint32_t next_strip = blockIdx.x / kCluster;
+  uint32_t next_turn = 0;
   int next = 0;
-  const int loads = count + max(count - slots, 0);
+  const int loads = count + max(count - ring, 0);
   const auto load = [&](int slot) {
-    if (count == 0 || next_strip >= strips) return;
+    if (count == 0) return;
+    const uint32_t strip = strip_of(next_turn);
+    if (strip >= strips) return;
     if (lane == 0) {
       const int piece = first + (next < count ? next : next - count) * warps;
       BarrierExpect(&loaded[slot], kPieceBytes);
-      TensorLoad(held + slot * kPieceBytes, &map, &loaded[slot], next_strip % across * kPieceCols,
-                 piece * kPieceRows, next_strip / across);
+      TensorLoad(held + slot * kPieceBytes, &map, &loaded[slot], strip % across * kPieceCols,
+                 piece * kPieceRows, strip / across);
     }
     if (++next == loads) {
       next = 0;
-      next_strip += step;
+      ++next_turn;
     }
   };
   // Waits for the load into a slot, which are waited for in the order of the ring.
   uint32_t parity = 0;
   const auto wait = [&](int slot) {
     BarrierWait(&loaded[slot], parity);
-    if (slot == slots - 1) parity ^= 1;
+    if (slot == ring - 1) parity ^= 1;
   };
-  const auto after = [&](int slot) { return slot + 1 == slots ? 0 : slot + 1; };
+  const auto after = [&](int slot) { return slot + 1 == ring ? 0 : slot + 1; };
 
   if (lane == 0) {
 #pragma unroll 1
@@ -132,22 +149,28 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     }
     FenceBarrierInit();
   }
-  const int needed = min(slots, count);
+  const int needed = min(ring, count);
 #pragma unroll 1
   for (int i = 0; i < needed; ++i) load(i);
   for (int i = threadIdx.x; i < kPieceCols; i += blockDim.x) {
     shared.block_amax[0][i] = shared.cluster_amax[0][i] = 0;
     shared.block_amax[1][i] = shared.cluster_amax[1][i] = 0;
   }
+  // A number is taken for every strip, and one by every cluster at the start.
+  auto* const counter = reinterpret_cast<TileCounter*>(args.amax);
+  const uint32_t last_number = strips + step - 1;
+  const bool takes = strips > kDealt * step && rank == 0 && threadIdx.x == 0;
+  uint32_t number = 0;
+  if (takes) number = TakeNumber(counter, last_number);
   __syncwarp();
   ClusterSync();
   // What can wait comes after what all wait for.
 #pragma unroll 1
-  for (int i = needed; i < slots; ++i) load(i);
+  for (int i = needed; i < ring; ++i) load(i);
 
   int oldest = 0;  // slot
   uint32_t turns = 0;
-  for (uint32_t strip = blockIdx.x / kCluster; strip < strips; strip += step, ++turns) {
+  for (uint32_t strip = cluster; strip < strips; strip = strip_of(++turns)) {
     const uint32_t turn = turns & 1;
     const int64_t batch = strip / across, first_col = int64_t{strip % across} * kPieceCols;
     Limits limits = {};
@@ -166,7 +189,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         extremes[2].Include(v.z);
         extremes[3].Include(v.w);
       }
-      if (i + slots < count) {
+      if (i + ring < count) {
         // A copy waits for no load: what was read must be here before it is written over.
 #pragma unroll
         for (const Extremes<kType, kClip>& e : extremes) asm volatile("" ::"r"(e.high), "r"(e.low));
@@ -187,9 +210,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     for (int i = 0; i < kEach; ++i) {
       atomicMax(&shared.block_amax[turn][vector * kElements + group * kEach + i], amax[i]);
     }
+    if (rank == 0 && threadIdx.x == 0) {
+      shared.later = takes ? kAhead * step + number : cluster + (turns + kAhead) * step;
+    }
     __syncthreads();
     if (threadIdx.x == 0) {
-      BarrierExpect(&shared.agreed[turn], sizeof(uint32_t) * kCluster * kPieceCols);
+      BarrierExpect(&shared.agreed[turn], sizeof(uint32_t) * (kCluster * kPieceCols + 1));
+    }
+    if (rank == 0 && threadIdx.x < kCluster) {
+      StoreRemote(&shared.strips[(turns + kAhead) % (2 * kAhead)], shared.later,
+                  &shared.agreed[turn], threadIdx.x);
     }
     for (int i = threadIdx.x; i < kCluster * kPieceCols; i += blockDim.x) {
       RaiseRemote(&shared.cluster_amax[turn][i % kPieceCols], &shared.agreed[turn], i / kPieceCols,
@@ -208,13 +238,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     }
     __syncthreads();
 
+    if (takes) number = atomicAdd(&counter->next, 1);  // which is here by the next turn
     Scaling<kElements> scaling;
     scaling.SetEach(shared.inverses + vector * kElements);
     const int64_t col = first_col + vector * kElements;
     for (int i = 0; i < count; ++i, oldest = after(oldest)) {
       // From the first of those that are held on, then those that are loaded again.
-      if (i >= slots) wait(oldest);
-      const int piece = i + max(count - slots, 0);
+      if (i >= ring) wait(oldest);
+      const int piece = i + max(count - ring, 0);
       const int64_t row =
           int64_t{first + (piece < count ? piece : piece - count) * warps} * kPieceRows +
           group * kLaneRows;
@@ -256,6 +287,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       load(oldest);
     }
   }
+  if (takes && number == last_number) counter->state = 0;
 }
 
 // --- launching ---
@@ -326,7 +358,8 @@ cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stre
   const QuantizeInput& in = args.in;
   if (in.batch == 0) return cudaSuccess;
   if (HasFastKernel(args.format, args.outliers) && HasVectors(in, args.codes, nullptr) &&
-      HasGroups(in, args.codes_t, args.packed_t) && HasCoordinates(in)) {
+      HasGroups(in, args.codes_t, args.packed_t) && HasCoordinates(in) &&
+      IsAligned(args.amax, alignof(TileCounter))) {
     return LaunchStrips(args, stream);
   }
   Any any = {in, args.outliers, args.format};

@@ -21,7 +21,8 @@ struct TileCounter {
 };
 static_assert(sizeof(TileCounter) == kCounterWords * sizeof(uint32_t));
 
-// Takes the next number, from 0 to `last`, which is at least 1 and which somebody has to take.
+// Takes the next number, from 0 to `last`, which is at least 1 and which somebody has to take. Who
+// has taken one may add to `next` alone, and must clear `state` if that gives the last.
 __device__ __forceinline__ uint32_t TakeNumber(TileCounter* counter, uint32_t last) {
   const auto load = [&] {
     unsigned long long state;

@@ -150,6 +150,21 @@ def test_columns_that_are_held_in_part(backend, shape, axis):
         check(lambda f, x: [jax.jit(f)(x)], axis, x, "e2m1", "plain")
 
 
+@pytest.mark.gpu
+def test_columns_that_clusters_take_as_they_come_to_them(poisoned):
+    """From a counter, which each call begins and clears."""
+    x = jnp.asarray(tensor((3344, 4096), "float32"))
+    with ffi.backend("xla"):
+        expected = jfp4.quantize(x, 0)
+    with ffi.backend("cuda"):
+        for _ in range(5):
+            want = functools.partial(ffi.quantize_columns, format="e2m1", want=("codes", "codes_t"))
+            for got in poisoned(want, x):
+                same_bytes(got.codes, expected.codes)
+                same_bytes(got.codes_t, expected.codes.T)
+                same_scale(got.scale, expected.scale)
+
+
 @by_axis
 @pytest.mark.parametrize("copies", [2, 1], ids=["fast", "any"])
 @pytest.mark.parametrize("format", FOUR_BITS)
