@@ -149,9 +149,8 @@ Of models with the full width and {layers}, written out, nothing recomputed,
 {state["master"]}, moments in {state["first_moment"]} and {state["second_moment"]}; the recipes by
 turns, medians. TFLOP/s are of the model's arithmetic, whatever
 it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit
-{source["commit"]}{flags_of(source)}. Such steps run at the power that the GPU is allowed: right
-after minutes of other benchmarks, on another GPU of the kind, they have taken two to three percent
-longer.
+{source["commit"]}{flags_of(source)}. Such steps run at the power that the GPU is
+allowed, and GPUs of a kind differ: another H200 has taken two to three percent less for each.
 
 {train_step.table(results)}
 
