@@ -42,8 +42,7 @@ struct Shared {
   float inverses[kPieceCols];
   uint32_t strips[2 * kAhead];  // of turns, by turns
   uint32_t later;               // strip, to be sent to the cluster's blocks
-  uint32_t unused;
-  uint64_t agreed[2];  // barriers
+  uint64_t agreed[2];           // barriers
 };
 
 // With one barrier a piece.
