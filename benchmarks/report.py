@@ -150,7 +150,7 @@ Of models with the full width and {layers}, written out, nothing recomputed,
 turns, medians. TFLOP/s are of the model's arithmetic, whatever
 it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit
 {source["commit"]}{flags_of(source)}. Such steps run at the power that the GPU is
-allowed, and GPUs of a kind differ: another H200 has taken two to three percent less for each.
+allowed, so GPUs of one kind differ in all recipes alike.
 
 {train_step.table(results)}
 

@@ -171,32 +171,20 @@ __device__ __forceinline__ void StoreBytes(void* to, const uint32_t (&words)[kWo
   }
 }
 
-// E2M1 codes over 64 as nibbles, which cost less of these.
+// E2M1 codes as nibbles; from codes times kSmall, if `kAreSmall`, it takes fewer operations.
 constexpr float kSmall = 1.0f / 64;
-template <int kWords>
-__device__ __forceinline__ void StoreSmall(void* to, const uint32_t (&words)[kWords]) {
-  if constexpr (kWords == 1) {
-    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(SmallToNibbles(words[0], 0));
-  } else {
-    uint32_t nibbles[kWords / 2];
-#pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-      nibbles[i] = SmallToNibbles(words[2 * i], words[2 * i + 1]);
-    }
-    StoreBytes(to, nibbles);
-  }
-}
-
-// E2M1 codes as nibbles.
-template <int kWords>
+template <bool kAreSmall = false, int kWords>
 __device__ __forceinline__ void StoreNibbles(void* to, const uint32_t (&words)[kWords]) {
+  const auto nibbles_of = [](uint32_t first, uint32_t second) {
+    return kAreSmall ? SmallToNibbles(first, second) : ToNibbles(first, second);
+  };
   if constexpr (kWords == 1) {
-    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(ToNibbles(words[0]));
+    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(nibbles_of(words[0], 0));
   } else {
     uint32_t nibbles[kWords / 2];
 #pragma unroll
     for (int i = 0; i < kWords / 2; ++i) {
-      nibbles[i] = ToNibbles(words[2 * i], words[2 * i + 1]);
+      nibbles[i] = nibbles_of(words[2 * i], words[2 * i + 1]);
     }
     StoreBytes(to, nibbles);
   }

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     if constexpr (kFormat == Format::kE2M1 && kClip != Clip::kCompensate) {
       if (args.packed == nullptr) continue;
       EncodeVector<kType, kFormat, kClip>(held[i], scaling, scaled_limits, words, kSmall);
-      StoreSmall(args.packed + at / 2, words);
+      StoreNibbles</*kAreSmall=*/true>(args.packed + at / 2, words);
     }
   }
 }
