@@ -100,6 +100,14 @@ __device__ __forceinline__ void Wgmma(float (&d)[32], const uint32_t (&a)[4], ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+// Transposes an 8 x 8 matrix of 16-bit elements, two a lane: of what lane i gives, row i / 4 and
+// columns 2 (i % 4) + {0, 1}, lane i gets those of the transpose.
+__device__ __forceinline__ uint32_t Transpose(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // --- nibbles to E4M3 ---
 
 constexpr uint32_t kSign = 0x80808080, kMagnitude = 0x1C1C1C1C;

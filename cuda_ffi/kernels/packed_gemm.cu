@@ -11,8 +11,9 @@
 // it; four warps unpack those of a within it, and four warpgroups unpack b into registers and
 // multiply, the next codes while the last ones are being multiplied. (Warps that unpack must not
 // load from memory: the fence between their stores and the tensor cores waits for loads as well,
-// and so for those of steps to come.) At the end the blocks of the cluster read each other's sums,
-// which are exact, so that neither their number nor their order shows in y.
+// and so for those of steps to come.) At the end the warpgroups of the cluster that have the same
+// rows read each other's sums of their share of the tokens, and finish y in registers. The sums are
+// exact, so that neither their number nor their order shows in y.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -71,10 +72,8 @@ constexpr int kMaxStages = 16;
 constexpr int kMaxSharers = 2;
 static_assert(kMinStages > kMaxSharers);
 
-// A warpgroup's sums. A quad's lanes write columns two apart: the padding keeps those of a warp in
-// different banks, and four neighbours along n loadable at once.
-constexpr int kSumsPitch = kWgmmaRows + 4;
-static_assert(2 * kSumsPitch % 32 == 8 && kSumsPitch % 4 == 0);
+// Tokens whose sums are shared out together, and of which a thread has four: two rows of two.
+constexpr int kUnit = 8;
 
 template <int kTokens>
 struct Fixed {
@@ -103,7 +102,7 @@ template <int kTokens>
 struct Shared {
   union {
     uint8_t ring[kRingBytes<kTokens>];
-    float sums[kConsumers][kTokens][kSumsPitch];  // once the last stage is used up
+    float4 sums[kTokens / kUnit][kConsumerThreads];  // once the last stage is used up
   };
   Fixed<kTokens> fixed;
 };
@@ -125,7 +124,7 @@ struct Params {
   const float* bias;
   void* y;
   DType out_type;
-  bool vector_store;  // whether four neighbours in y are aligned to their size
+  bool pair_store;  // whether two neighbours in y are aligned to their size
 };
 
 // The order of codes along k is free as long as both operands keep to it. The even codes of a chunk
@@ -333,128 +332,146 @@ __device__ __forceinline__ void Multiply(const Params& p, const Work& work, int 
   WgmmaWait<0>();
 }
 
-// Puts a warpgroup's sums where the cluster can read them, along n.
-template <int kTokens>
-__device__ __forceinline__ void ShareSums(const float (&sums)[kTokens / 2],
-                                          Shared<kTokens>& shared) {
-  const int row = threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
-  auto& out = shared.sums[threadIdx.x / kWarpgroup];
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    out[i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2][row + i / 2 % 2 * 8] = sums[i];
-  }
-}
-
 __device__ __forceinline__ void Round(float v, float* out) { *out = v; }
 __device__ __forceinline__ void Round(float v, __nv_bfloat16* out) {
   *out = __float2bfloat16_rn(v);
 }
 __device__ __forceinline__ void Round(float v, __half* out) { *out = __float2half_rn(v); }
-
-// Writes those of four neighbours along n that are left of the edge.
+// Writes those of a warp's 16 rows of b, and of a unit's tokens, that are there. y is laid out over
+// the lanes as sums are.
 template <typename T>
-__device__ __forceinline__ void StoreFour(const Params& p, int64_t index, int columns,
-                                          const float (&v)[4]) {
-  struct alignas(4 * sizeof(T)) Four {
-    T v[4];
-  } four;
+__device__ __forceinline__ void StoreUnit(const Params& p, const Work& work, int token, int row,
+                                          const float (&y)[4]) {
+  const int lane = threadIdx.x % kWarp;
+  const int tokens = p.m - work.first_token, rows = min(p.rows, p.n - work.first_row);
+  T* out =
+      static_cast<T*>(p.y) + (int64_t{work.batch} * p.m + work.first_token) * p.n + work.first_row;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) Round(v[c], &four.v[c]);
-  T* y = static_cast<T*>(p.y) + index;
-  if (p.vector_store) {
-    *reinterpret_cast<Four*>(y) = four;
-  } else {
+  for (int h = 0; h < 2; ++h) {
+    if constexpr (sizeof(T) == 2) {
+      // Two tokens of a row become two rows of a token, which are neighbours in memory.
+      alignas(4) T pair[2];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (c < columns) y[c] = four.v[c];
+      for (int c = 0; c < 2; ++c) Round(y[2 * h + c], &pair[c]);
+      *reinterpret_cast<uint32_t*>(pair) = Transpose(*reinterpret_cast<const uint32_t*>(pair));
+      const int t = token + lane / 4, r = row + 8 * h + lane % 4 * 2;
+      if (t >= tokens || r >= rows) continue;
+      T* at = out + int64_t{t} * p.n + r;
+      if (p.pair_store) {
+        *reinterpret_cast<uint32_t*>(at) = *reinterpret_cast<const uint32_t*>(pair);
+      } else {
+        at[0] = pair[0];
+        if (r + 1 < rows) at[1] = pair[1];
+      }
+    } else {
+      const int r = row + 8 * h + lane / 4;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int t = token + lane % 4 * 2 + c;
+        if (t < tokens && r < rows) Round(y[2 * h + c], &out[int64_t{t} * p.n + r]);
+      }
     }
   }
 }
 
-// Adds up the blocks' sums and writes this block's share of the tile. A thread has the sums of
-// kBlocks blocks on their way before it needs the first, and of as many fours along n as it takes
-// for so many blocks to do the largest tile at once. (Not of more: indices of fours that are not
-// there take time, too, and here everything waits.)
-template <int kTokens, int kBlocks>
-__device__ __forceinline__ void Finish(const Params& p, const Work& work, Shared<kTokens>& shared) {
+// Adds up the sums of the kParts warpgroups of the cluster that have the same rows of b, and writes
+// this one's share of the tokens: units that follow one another, or one, or, where there are fewer
+// units than warpgroups, none. What a warpgroup keeps never leaves its registers.
+template <int kTokens, int kParts>
+__device__ __forceinline__ void Finish(const Params& p, const Work& work, int row_group, int sharer,
+                                       const float (&sums)[kTokens / 2], Shared<kTokens>& shared) {
+  constexpr int kUnits = kTokens / kUnit;
+  constexpr int kOwn = kUnits > kParts ? kUnits / kParts : 1;
   const Fixed<kTokens>& fixed = shared.fixed;
-  const int fours = p.rows / 4;
-  const int count = min(kTokens, p.m - work.first_token) * fours;
-  const int stride = p.split * kThreads;
-  constexpr int kFours = (kTokens * kMaxRows / 4 + kBlocks * kThreads - 1) / (kBlocks * kThreads);
-#pragma unroll 1
-  for (int i = work.rank * kThreads + threadIdx.x; i < count; i += kFours * stride) {
-    int token[kFours], row[kFours];
-    bool inside[kFours];
-    float y[kFours][4];
+  const bool multiplied = sharer < p.sharers;
+  const int part = work.rank * p.sharers + sharer;
 #pragma unroll
-    for (int f = 0; f < kFours; ++f) {
-      token[f] = (i + f * stride) / fours;
-      row[f] = (i + f * stride - token[f] * fours) * 4;
-      // What is not stored is not read: a read that nothing waits for could outlast its block.
-      inside[f] = i + f * stride < count && work.first_row + row[f] < p.n;
-#pragma unroll
-      for (float& sum : y[f]) sum = 0;
+  for (int u = 0; u < kUnits; ++u) {
+    if (multiplied && u / kOwn != part) {
+      shared.sums[u][threadIdx.x] =
+          make_float4(sums[4 * u], sums[4 * u + 1], sums[4 * u + 2], sums[4 * u + 3]);
     }
-#pragma unroll 1
-    for (int sharer = 0; sharer < p.sharers; ++sharer) {
-      uint32_t mine[kFours];
+  }
+  ClusterSync();
+  // What is not stored is not read: a read that nothing waits for could outlast its block.
+  const int lane = threadIdx.x % kWarp;
+  const int row = row_group * kWgmmaRows + threadIdx.x % kWarpgroup / kWarp * 16;
+  const int first_token = part * kOwn * kUnit;
+  if (!multiplied || row >= min(p.rows, p.n - work.first_row)) return;
+  if (first_token >= min(kTokens, p.m - work.first_token)) return;
+  float y[kOwn][4];
 #pragma unroll
-      for (int f = 0; f < kFours; ++f) {
-        const int warpgroup = sharer * p.row_groups + row[f] / kWgmmaRows;
-        mine[f] = SharedAddress(&shared.sums[warpgroup][token[f]][row[f] % kWgmmaRows]);
-      }
-#pragma unroll 1
-      for (int first = 0; first < p.split; first += kBlocks) {
-        float4 parts[kBlocks][kFours];
+  for (int u = 0; u < kUnits; ++u) {
+    if (u / kOwn != part) continue;
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r) {
-          // From its own on, so that not all blocks read the same one's at the same time.
-          const int rank = work.rank + first + r;
+    for (int i = 0; i < 4; ++i) y[u % kOwn][i] = sums[4 * u + i];
+  }
+  // As many at once as there are registers for.
+  constexpr int kBatch = kParts <= 2 ? 1 : kParts == 4 ? 3 : 4;
+  static_assert(kMaxSharers == 2);
+  const int shared_rows = p.sharers - 1;
 #pragma unroll
-          for (int f = 0; f < kFours; ++f) {
-            parts[r][f] = make_float4(0, 0, 0, 0);
-            if (first + r < p.split && inside[f]) {
-              parts[r][f] = LoadCluster(MapToRank(mine[f], rank - (rank < p.split ? 0 : p.split)));
-            }
-          }
-        }
+  for (int first = 1; first < kParts; first += kBatch) {
+    float4 others[kBatch][kOwn];
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r) {
+    for (int d = 0; d < kBatch; ++d) {
+      if (first + d >= kParts) continue;
+      // So that not all read the same one's at the same time.
+      const int other = part ^ (first + d);
+      const int warpgroup = (other & shared_rows) * p.row_groups + row_group;
+      const int thread = warpgroup * kWarpgroup + threadIdx.x % kWarpgroup;
+      const uint32_t from =
+          MapToRank(SharedAddress(&shared.sums[part * kOwn][thread]), other >> shared_rows);
 #pragma unroll
-          for (int f = 0; f < kFours; ++f) {
-            y[f][0] += parts[r][f].x;
-            y[f][1] += parts[r][f].y;
-            y[f][2] += parts[r][f].z;
-            y[f][3] += parts[r][f].w;
-          }
+      for (int q = 0; q < kOwn; ++q) {
+        others[d][q] = make_float4(0, 0, 0, 0);
+        if (first_token + q * kUnit < p.m - work.first_token) {
+          others[d][q] = LoadCluster(from + q * static_cast<int>(sizeof(shared.sums[0])));
         }
       }
     }
 #pragma unroll
-    for (int f = 0; f < kFours; ++f) {
-      if (!inside[f]) continue;
+    for (int d = 0; d < kBatch; ++d) {
+      if (first + d >= kParts) continue;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        y[f][c] = __fmul_rn(y[f][c] * kUnscale, fixed.a_scale[token[f]]);
-        y[f][c] = __fmul_rn(y[f][c], fixed.b_scale[row[f] + c]);
-        if (p.bias != nullptr) y[f][c] = __fadd_rn(y[f][c], fixed.bias[row[f] + c]);
-      }
-      const int64_t y_row = int64_t{work.batch} * p.m + work.first_token + token[f];
-      const int64_t index = y_row * p.n + work.first_row + row[f];
-      const int columns = p.n - work.first_row - row[f];
-      switch (p.out_type) {
-        case DType::kBF16:
-          StoreFour<__nv_bfloat16>(p, index, columns, y[f]);
-          break;
-        case DType::kF16:
-          StoreFour<__half>(p, index, columns, y[f]);
-          break;
-        case DType::kF32:
-          StoreFour<float>(p, index, columns, y[f]);
-          break;
+      for (int q = 0; q < kOwn; ++q) {
+        y[q][0] += others[d][q].x;
+        y[q][1] += others[d][q].y;
+        y[q][2] += others[d][q].z;
+        y[q][3] += others[d][q].w;
       }
     }
+  }
+  float b_scale[2], bias[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    b_scale[h] = fixed.b_scale[row + lane / 4 + 8 * h];
+    bias[h] = fixed.bias[row + lane / 4 + 8 * h];
+  }
+#pragma unroll
+  for (int q = 0; q < kOwn; ++q) {
+    const int token = first_token + q * kUnit + lane % 4 * 2;
+    const float a_scale[2] = {fixed.a_scale[token], fixed.a_scale[token + 1]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      y[q][i] = __fmul_rn(y[q][i] * kUnscale, a_scale[i % 2]);
+      y[q][i] = __fmul_rn(y[q][i], b_scale[i / 2]);
+      if (p.bias != nullptr) y[q][i] = __fadd_rn(y[q][i], bias[i / 2]);
+    }
+  }
+  const auto store = [&](auto type) {
+#pragma unroll
+    for (int q = 0; q < kOwn; ++q) {
+      StoreUnit<decltype(type)>(p, work, first_token + q * kUnit, row, y[q]);
+    }
+  };
+  switch (p.out_type) {
+    case DType::kBF16:
+      return store(__nv_bfloat16());
+    case DType::kF16:
+      return store(__half());
+    case DType::kF32:
+      return store(float());
   }
 }
 
@@ -504,6 +521,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     SetUp();
     UnpackTokens(p, a_map, b_map, work, warp - kConsumerWarps, shared);
+    ClusterSync();
   } else {
     const Factors<kTokens> factors(p, work);
     SetUp();
@@ -516,14 +534,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     // The sums overwrite stages: all warpgroups must have used theirs up.
     NamedBarrier(1, kConsumerThreads);
-    if (sharer < p.sharers) ShareSums(sums, shared);
     factors.Share(p, shared.fixed);
-  }
-  ClusterSync();
-  if (p.split <= 2) {
-    Finish<kTokens, 2>(p, work, shared);
-  } else {
-    Finish<kTokens, 4>(p, work, shared);
+    const int row_group = warpgroup - sharer * p.row_groups;
+    switch (p.split * p.sharers) {
+      case 1:
+        Finish<kTokens, 1>(p, work, row_group, sharer, sums, shared);
+        break;
+      case 2:
+        Finish<kTokens, 2>(p, work, row_group, sharer, sums, shared);
+        break;
+      case 4:
+        Finish<kTokens, 4>(p, work, row_group, sharer, sums, shared);
+        break;
+      case 8:
+        Finish<kTokens, 8>(p, work, row_group, sharer, sums, shared);
+        break;
+      default:
+        Finish<kTokens, 16>(p, work, row_group, sharer, sums, shared);
+    }
   }
   // No block leaves while another may still read its sums.
   if (p.split > 1) {
@@ -594,7 +622,7 @@ cudaError_t Choose(const PackedGemm& g, Plan* best) {
   const int64_t stages = DivideUp(g.k, kStageK);
   *best = {kMaxRows, 1};
   double least = 1e300;
-  for (int split = 1; split <= std::min<int64_t>(kMaxSplit, stages); ++split) {
+  for (int split = 1; split <= std::min<int64_t>(kMaxSplit, stages); split *= 2) {
     int clusters;
     const cudaError_t status = ClustersAtOnce<kTokens>(split, &clusters);
     if (status != cudaSuccess) return status;
@@ -665,7 +693,7 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
                  g.bias,
                  g.y,
                  g.out_type,
-                 g.n % 4 == 0 && reinterpret_cast<uintptr_t>(g.y) % (4 * width) == 0};
+                 g.n % 2 == 0 && reinterpret_cast<uintptr_t>(g.y) % (2 * width) == 0};
   cudaLaunchAttribute cluster = ClusterOf(plan.split);
   cudaLaunchConfig_t config{};
   const int64_t blocks = g.batch * m_tiles * n_tiles * plan.split;
