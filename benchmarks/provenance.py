@@ -33,9 +33,16 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured: from git, or JFP4_COMMIT where there is no repository."""
-    if "JFP4_COMMIT" in os.environ:
-        return os.environ["JFP4_COMMIT"]
+    """The commit that is measured: from git, or JFP4_COMMIT where there is no repository.
+
+    Raises:
+        ValueError: if JFP4_COMMIT is set but names none.
+    """
+    named = os.environ.get("JFP4_COMMIT")
+    if named is not None:
+        if not named.strip():
+            raise ValueError(f"JFP4_COMMIT must be the measured commit, not {named!r}")
+        return named
     head = _git("rev-parse", "--short=12", "HEAD")
     return head + ("+changes" if _git("status", "--porcelain", "--", *MEASURED) else "")
 
