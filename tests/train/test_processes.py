@@ -20,8 +20,10 @@ from train.config import parse
 from train.launch import _meeting
 from train.main import STOPPED
 
+pytestmark = pytest.mark.timeout(900)  # of several runs
 ROOT = Path(__file__).parents[2]
 DEVICES = 4
+BUSY = 300  # seconds for a run to compile and come to its end, on a machine with other work
 FLAGS = (
     "--model.num_layers=1",
     "--model.embed_dim=32",
@@ -183,7 +185,7 @@ def test_one_process_writes(two):
 def test_killed_in_a_save_the_others_stop_and_the_bits_go_on(group, two, tmp_path):
     run_dir = tmp_path / "run"
     with ended(group.start(2, run_dir, killed_at=12)) as running:
-        killed, _ = running[1].communicate(timeout=60)
+        killed, _ = running[1].communicate(timeout=BUSY)
         began = time.monotonic()
         said, _ = running[0].communicate(timeout=60)
         assert time.monotonic() - began < 60
@@ -236,7 +238,7 @@ def test_a_mistake_of_one_is_told_by_all(group, tmp_path):
     one = group._start(*flags, *first, devices=2, killed_at=None)
     other = group._start(*flags, *second, "--data=none", devices=2, killed_at=None)
     with ended([one, other]) as running:
-        outputs = [process.communicate(timeout=120)[0] for process in running]
+        outputs = [process.communicate(timeout=BUSY)[0] for process in running]
     assert [process.returncode for process in running] == [2, 2], outputs
     for said in outputs:
         assert "error: process 1: data none does not exist" in said
@@ -250,7 +252,7 @@ def test_what_one_alone_cannot_write_is_told_at_once(group, tmp_path):
     one = group._start(*flags, *first, devices=2, killed_at=None, program=FULL)
     other = group._start(*flags, *second, devices=2, killed_at=None)
     with ended([one, other]):
-        said, _ = one.communicate(timeout=120)
+        said, _ = one.communicate(timeout=BUSY)
         other.communicate(timeout=60)
     assert one.returncode == 2 and other.returncode not in (0, 2)
     # Nothing follows it, such as how the runtime aborts.
