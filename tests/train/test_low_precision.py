@@ -64,6 +64,7 @@ def test_a_run_stopped_and_resumed_is_the_unbroken_one(runs, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several runs
 def test_the_loss_is_float32s_within_what_a_seed_makes(runs, tmp_path):
     def losses(name, *flags):
         found = []
