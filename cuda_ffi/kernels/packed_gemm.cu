@@ -14,152 +14,28 @@
 // and so for those of steps to come.) At the end the warpgroups of the cluster that have the same
 // rows read each other's sums of their share of the tokens, and finish y in registers. The sums are
 // exact, so that neither their number nor their order shows in y.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <type_traits>
 
 #include "cuda_ffi/kernels/hopper.cuh"
 #include "cuda_ffi/kernels/packed_codes.cuh"
+#include "cuda_ffi/kernels/packed_epilogue.cuh"
 #include "cuda_ffi/kernels/packed_gemm.h"
+#include "cuda_ffi/kernels/packed_tile.cuh"
 
 namespace jfp4 {
 namespace {
 
-constexpr int kConsumers = 4;  // warpgroups that multiply
-constexpr int kConsumerThreads = kConsumers * kWarpgroup;
-constexpr int kConsumerWarps = kConsumerThreads / kWarp;
-constexpr int kTokenWarps = 4;  // unpack a
-// Five warps on each quarter of a multiprocessor have 96 registers, six would have 80.
-constexpr int kThreads = kConsumerThreads + kTokenWarps * kWarp;
-constexpr int kMaxSplit = 8;  // blocks of a cluster, as far as every Hopper GPU grants it
-
-constexpr int kWgmmaRows = 64;
-constexpr int kWgmmaK = 32;
-constexpr int kChunk = 16;           // bytes that a thread loads at once
-constexpr int kChunkK = 2 * kChunk;  // codes in it
-constexpr int kSwizzleRow = 128;     // bytes
-constexpr int kSwizzleRows = 8;      // after which the swizzle repeats
-// A stage's share of a row of b, in nibbles, is a full cache line.
-constexpr int kStageRowBytes = kSwizzleRow;
-constexpr int kStageK = 2 * kStageRowBytes;
-constexpr int kStageChunks = kStageRowBytes / kChunk;
-// A segment of a stage, unpacked, is one row of the 128-byte swizzle; a chunk is one wgmma's share.
-constexpr int kSegments = 2;
-constexpr int kSegmentChunks = kStageChunks / kSegments;
-static_assert(kSegmentChunks * kChunkK == kSwizzleRow && kChunkK == kWgmmaK);
-
-constexpr float kUnscale = 4096;  // both operands are 2^-6 of their values
+using namespace packed;
 
 // Coordinates of the copy engine, and numbers of blocks, are 32 bits wide.
 constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
 
-constexpr int kSharedLimit = 227 * 1024;  // of a block
-constexpr int kAlignment = 1024;          // of a 128-byte-swizzled tile
-
-// Rows of b in a tile: any multiple of the swizzle's, so that shares can be equal.
-constexpr int kMaxRows = kConsumers * kWgmmaRows;
-
-// Stages: as many as fit, up to the barriers that there are for them.
-constexpr int kMinStages = 3;
-constexpr int kMaxStages = 16;
-
-// Warpgroups that take turns along k with the same rows, where a tile has few. Each must meet the
-// same stages again and again: a barrier that is waited for only now and then may be a phase
-// behind. And a stage is released a turn late, so there must be more of them than take turns.
-constexpr int kMaxSharers = 2;
-static_assert(kMinStages > kMaxSharers);
-
-// Tokens whose sums are shared out together, and of which a thread has four: two rows of two.
-constexpr int kUnit = 8;
-
-template <int kTokens>
-struct Fixed {
-  float a_scale[kTokens];
-  float b_scale[kMaxRows];
-  float bias[kMaxRows];
-  uint64_t a_full[kMaxStages];  // nibbles are there
-  uint64_t b_full[kMaxStages];
-  uint64_t unpacked[kMaxStages];  // a's
-  uint64_t empty[kMaxStages];
-};
-
-// Of a stage: a's codes, a segment after the other; a's nibbles; b's nibbles, all in swizzled rows.
-template <int kTokens>
-constexpr int kTokenCodes = kSegments * kTokens * kSwizzleRow;
-template <int kTokens>
-constexpr int kTokenNibbles = kTokens * kStageRowBytes;
-template <int kTokens>
-constexpr int kTokenBytes = kTokenCodes<kTokens> + kTokenNibbles<kTokens>;
-
-template <int kTokens>
-constexpr int kRingBytes = (kSharedLimit - kAlignment - static_cast<int>(sizeof(Fixed<kTokens>))) /
-                           kAlignment * kAlignment;
-
-template <int kTokens>
-struct Shared {
-  union {
-    uint8_t ring[kRingBytes<kTokens>];
-    float4 sums[kTokens / kUnit][kConsumerThreads];  // once the last stage is used up
-  };
-  Fixed<kTokens> fixed;
-};
-
-struct Params {
-  int batch, m, n;
-  int m_tiles, n_tiles;
-  int rows;        // of b, in a tile
-  int row_groups;  // of them, a wgmma's each
-  int sharers;     // warpgroups that take turns along k with the same row group
-  int stages;      // of the ring
-  int stage_bytes;
-  int split;  // blocks of a cluster
-  int steps;  // along k of each, and of as many as `longer` one more
-  int longer;
-  const float* a_scale;
-  const float* b_scale;
-  bool a_scale_rows, b_scale_rows;  // one number a row, rather than one a matrix
-  const float* bias;
-  void* y;
-  DType out_type;
-  bool pair_store;  // whether two neighbours in y are aligned to their size
-};
-
 // The order of codes along k is free as long as both operands keep to it. The even codes of a chunk
 // are the first half of a wgmma's 32 bytes along k, the odd ones the second half; lane q of a quad
 // has word q of the chunk, and so bytes 4 q and 16 + 4 q, which are those it supplies.
-
-// --- the parts of a block ---
-
-// The tile of y that a cluster computes, and the steps along k that this block sums over.
-struct Work {
-  int rank, batch, first_token, first_row;
-  int begin, steps;
-};
-
-// The first copies wait for this, so it divides only where it has to.
-template <int kTokens>
-__device__ __forceinline__ Work BlockWork(const Params& p) {
-  const int rank = ClusterRank();
-  // Tiles of the same rows of b are neighbours: they find them in L2.
-  int n_tile = ClusterId(), m_tile = 0, batch = 0;
-  if (p.m_tiles > 1) {
-    m_tile = n_tile % p.m_tiles;
-    n_tile /= p.m_tiles;
-  }
-  if (p.batch > 1) {
-    batch = n_tile / p.n_tiles;
-    n_tile -= batch * p.n_tiles;
-  }
-  return {rank,
-          batch,
-          m_tile * kTokens,
-          n_tile * p.rows,
-          rank * p.steps + min(rank, p.longer),
-          p.steps + (rank < p.longer)};
-}
 
 // Everything is set up once all threads have been here.
 __device__ __forceinline__ void SetUp() { NamedBarrier(0, kThreads); }
@@ -332,179 +208,6 @@ __device__ __forceinline__ void Multiply(const Params& p, const Work& work, int 
   WgmmaWait<0>();
 }
 
-__device__ __forceinline__ void Round(float v, float* out) { *out = v; }
-__device__ __forceinline__ void Round(float v, __nv_bfloat16* out) {
-  *out = __float2bfloat16_rn(v);
-}
-__device__ __forceinline__ void Round(float v, __half* out) { *out = __float2half_rn(v); }
-// Writes those of a warp's 16 rows of b, and of a unit's tokens, that are there. y is laid out over
-// the lanes as sums are.
-template <typename T>
-__device__ __forceinline__ void StoreUnit(const Params& p, const Work& work, int token, int row,
-                                          const float (&y)[4]) {
-  const int lane = threadIdx.x % kWarp;
-  const int tokens = p.m - work.first_token, rows = min(p.rows, p.n - work.first_row);
-  T* out =
-      static_cast<T*>(p.y) + (int64_t{work.batch} * p.m + work.first_token) * p.n + work.first_row;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if constexpr (sizeof(T) == 2) {
-      // Two tokens of a row become two rows of a token, which are neighbours in memory.
-      alignas(4) T pair[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) Round(y[2 * h + c], &pair[c]);
-      *reinterpret_cast<uint32_t*>(pair) = Transpose(*reinterpret_cast<const uint32_t*>(pair));
-      const int t = token + lane / 4, r = row + 8 * h + lane % 4 * 2;
-      if (t >= tokens || r >= rows) continue;
-      T* at = out + int64_t{t} * p.n + r;
-      if (p.pair_store) {
-        *reinterpret_cast<uint32_t*>(at) = *reinterpret_cast<const uint32_t*>(pair);
-      } else {
-        at[0] = pair[0];
-        if (r + 1 < rows) at[1] = pair[1];
-      }
-    } else {
-      const int r = row + 8 * h + lane / 4;
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int t = token + lane % 4 * 2 + c;
-        if (t < tokens && r < rows) Round(y[2 * h + c], &out[int64_t{t} * p.n + r]);
-      }
-    }
-  }
-}
-
-// Adds up the sums of the kParts warpgroups of the cluster that have the same rows of b, and writes
-// this one's share of the tokens: units that follow one another, or one, or, where there are fewer
-// units than warpgroups, none. What a warpgroup keeps never leaves its registers.
-template <int kTokens, int kParts>
-__device__ __forceinline__ void Finish(const Params& p, const Work& work, int row_group, int sharer,
-                                       const float (&sums)[kTokens / 2], Shared<kTokens>& shared) {
-  constexpr int kUnits = kTokens / kUnit;
-  constexpr int kOwn = kUnits > kParts ? kUnits / kParts : 1;
-  const Fixed<kTokens>& fixed = shared.fixed;
-  const bool multiplied = sharer < p.sharers;
-  const int part = work.rank * p.sharers + sharer;
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    if (multiplied && u / kOwn != part) {
-      shared.sums[u][threadIdx.x] =
-          make_float4(sums[4 * u], sums[4 * u + 1], sums[4 * u + 2], sums[4 * u + 3]);
-    }
-  }
-  ClusterSync();
-  // What is not stored is not read: a read that nothing waits for could outlast its block.
-  const int lane = threadIdx.x % kWarp;
-  const int row = row_group * kWgmmaRows + threadIdx.x % kWarpgroup / kWarp * 16;
-  const int first_token = part * kOwn * kUnit;
-  if (!multiplied || row >= min(p.rows, p.n - work.first_row)) return;
-  if (first_token >= min(kTokens, p.m - work.first_token)) return;
-  float y[kOwn][4];
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    if (u / kOwn != part) continue;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) y[u % kOwn][i] = sums[4 * u + i];
-  }
-  // As many at once as there are registers for.
-  constexpr int kBatch = kParts <= 2 ? 1 : kParts == 4 ? 3 : 4;
-  static_assert(kMaxSharers == 2);
-  const int shared_rows = p.sharers - 1;
-#pragma unroll
-  for (int first = 1; first < kParts; first += kBatch) {
-    float4 others[kBatch][kOwn];
-#pragma unroll
-    for (int d = 0; d < kBatch; ++d) {
-      if (first + d >= kParts) continue;
-      // So that not all read the same one's at the same time.
-      const int other = part ^ (first + d);
-      const int warpgroup = (other & shared_rows) * p.row_groups + row_group;
-      const int thread = warpgroup * kWarpgroup + threadIdx.x % kWarpgroup;
-      const uint32_t from =
-          MapToRank(SharedAddress(&shared.sums[part * kOwn][thread]), other >> shared_rows);
-#pragma unroll
-      for (int q = 0; q < kOwn; ++q) {
-        others[d][q] = make_float4(0, 0, 0, 0);
-        if (first_token + q * kUnit < p.m - work.first_token) {
-          others[d][q] = LoadCluster(from + q * static_cast<int>(sizeof(shared.sums[0])));
-        }
-      }
-    }
-#pragma unroll
-    for (int d = 0; d < kBatch; ++d) {
-      if (first + d >= kParts) continue;
-#pragma unroll
-      for (int q = 0; q < kOwn; ++q) {
-        y[q][0] += others[d][q].x;
-        y[q][1] += others[d][q].y;
-        y[q][2] += others[d][q].z;
-        y[q][3] += others[d][q].w;
-      }
-    }
-  }
-  float b_scale[2], bias[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    b_scale[h] = fixed.b_scale[row + lane / 4 + 8 * h];
-    bias[h] = fixed.bias[row + lane / 4 + 8 * h];
-  }
-#pragma unroll
-  for (int q = 0; q < kOwn; ++q) {
-    const int token = first_token + q * kUnit + lane % 4 * 2;
-    const float a_scale[2] = {fixed.a_scale[token], fixed.a_scale[token + 1]};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      y[q][i] = __fmul_rn(y[q][i] * kUnscale, a_scale[i % 2]);
-      y[q][i] = __fmul_rn(y[q][i], b_scale[i / 2]);
-      if (p.bias != nullptr) y[q][i] = __fadd_rn(y[q][i], bias[i / 2]);
-    }
-  }
-  const auto store = [&](auto type) {
-#pragma unroll
-    for (int q = 0; q < kOwn; ++q) {
-      StoreUnit<decltype(type)>(p, work, first_token + q * kUnit, row, y[q]);
-    }
-  };
-  switch (p.out_type) {
-    case DType::kBF16:
-      return store(__nv_bfloat16());
-    case DType::kF16:
-      return store(__half());
-    case DType::kF32:
-      return store(float());
-  }
-}
-
-// What the end multiplies and adds, a row of b and of a each thread: on their way from the start,
-// so that the end need not wait for them.
-template <int kTokens>
-struct Factors {
-  static_assert(kMaxRows <= kConsumerThreads && kTokens <= kConsumerThreads);
-  float a_scale = 0, b_scale = 0, bias = 0;
-
-  __device__ __forceinline__ Factors(const Params& p, const Work& work) {
-    const int i = threadIdx.x;
-    if (i < p.rows) {
-      const int64_t row = int64_t{work.batch} * p.n + min(work.first_row + i, p.n - 1);
-      b_scale = p.b_scale[p.b_scale_rows ? row : work.batch];
-      if (p.bias != nullptr) bias = p.bias[row];
-    }
-    if (i < kTokens) {
-      const int64_t token = int64_t{work.batch} * p.m + min(work.first_token + i, p.m - 1);
-      a_scale = p.a_scale[p.a_scale_rows ? token : work.batch];
-    }
-  }
-
-  __device__ __forceinline__ void Share(const Params& p, Fixed<kTokens>& fixed) const {
-    const int i = threadIdx.x;
-    if (i < p.rows) {
-      fixed.b_scale[i] = b_scale;
-      fixed.bias[i] = bias;
-    }
-    if (i < kTokens) fixed.a_scale[i] = a_scale;
-  }
-};
-
 template <int kTokens>
 __global__ void __launch_bounds__(kThreads, 1)
     PackedGemmKernel(const __grid_constant__ CUtensorMap a_map,
@@ -536,21 +239,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     NamedBarrier(1, kConsumerThreads);
     factors.Share(p, shared.fixed);
     const int row_group = warpgroup - sharer * p.row_groups;
+    const auto finish = [&](auto parts) {
+      Finish<kTokens, decltype(parts)::value>(p, work, row_group, sharer, sums, shared);
+    };
     switch (p.split * p.sharers) {
       case 1:
-        Finish<kTokens, 1>(p, work, row_group, sharer, sums, shared);
+        finish(std::integral_constant<int, 1>());
         break;
       case 2:
-        Finish<kTokens, 2>(p, work, row_group, sharer, sums, shared);
+        finish(std::integral_constant<int, 2>());
         break;
       case 4:
-        Finish<kTokens, 4>(p, work, row_group, sharer, sums, shared);
+        finish(std::integral_constant<int, 4>());
         break;
       case 8:
-        Finish<kTokens, 8>(p, work, row_group, sharer, sums, shared);
+        finish(std::integral_constant<int, 8>());
         break;
       default:
-        Finish<kTokens, 16>(p, work, row_group, sharer, sums, shared);
+        finish(std::integral_constant<int, kMaxSplit * kMaxSharers>());
     }
   }
   // No block leaves while another may still read its sums.
