@@ -7,8 +7,8 @@
 // times 2^-6 exactly, subnormals included, so unpacking is shifts and masks and no table. Rows of b
 // are the 64 rows of a wgmma, from registers; rows of a are its columns, from shared memory.
 //
-// A stage of a block's ring is a step along k. The copy engine brings nibbles of a and of b into
-// it; four warps unpack those of a within it, and four warpgroups unpack b into registers and
+// The copy engine brings nibbles of a and of b into stages of a ring, a step along k into each;
+// four warps unpack those of a into another ring, and four warpgroups unpack b into registers and
 // multiply, the next codes while the last ones are being multiplied. (Warps that unpack must not
 // load from memory: the fence between their stores and the tensor cores waits for loads as well,
 // and so for those of steps to come.) At the end the warpgroups of the cluster that have the same
@@ -46,14 +46,13 @@ __device__ __forceinline__ void CopyStep(const Params& p, const CUtensorMap& a_m
                                          const CUtensorMap& b_map, const Work& work, int step,
                                          int slot, Shared<kTokens>& shared) {
   Fixed<kTokens>& fixed = shared.fixed;
-  uint8_t* stage = shared.ring + slot * p.stage_bytes;
+  uint8_t* stage = shared.rings + p.code_slots * kTokenCodes<kTokens> + slot * p.stage_bytes;
   const int column = (work.begin + step) * kStageRowBytes;
   BarrierExpect(&fixed.b_full[slot], p.rows * kStageRowBytes);
-  TensorLoad(stage + kTokenBytes<kTokens>, &b_map, &fixed.b_full[slot], column, work.first_row,
+  TensorLoad(stage + kTokenNibbles<kTokens>, &b_map, &fixed.b_full[slot], column, work.first_row,
              work.batch);
   BarrierExpect(&fixed.a_full[slot], kTokenNibbles<kTokens>);
-  TensorLoad(stage + kTokenCodes<kTokens>, &a_map, &fixed.a_full[slot], column, work.first_token,
-             work.batch);
+  TensorLoad(stage, &a_map, &fixed.a_full[slot], column, work.first_token, work.batch);
 }
 
 // One thread's part before SetUp: the first copies wait for no other thread, and for no barriers
@@ -88,13 +87,13 @@ template <int kTokens>
 __device__ __forceinline__ void InitOtherBarriers(const Params& p, Shared<kTokens>& shared) {
   Fixed<kTokens>& fixed = shared.fixed;
 #pragma unroll
-  for (int s = 0; s < kMaxStages; ++s) {
+  for (int s = 0; s < kMaxCodeSlots; ++s) {
     BarrierInit(&fixed.unpacked[s], kTokenWarps);
     BarrierInit(&fixed.empty[s], p.row_groups * (kWarpgroup / kWarp));
   }
 }
 
-// The token warps' part: unpacks a's nibbles, a step after the other, and fills stages anew.
+// The token warps' part: unpacks a's nibbles, a step after the other, and fills rings anew.
 template <int kTokens>
 __device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap& a_map,
                                              const CUtensorMap& b_map, const Work& work, int warp,
@@ -110,27 +109,35 @@ __device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap&
   const int segment = warp % kSegments, octet = warp / kSegments;
   const int row = lane % kSwizzleRows, chunk = lane / kSwizzleRows;
   // Exclusive or with a multiple of 16 moves along the swizzled row.
-  const uint32_t place = SharedAddress(shared.ring) + (octet * kSwizzleRows + row) * kSwizzleRow;
-  const uint32_t from =
-      place + kTokenCodes<kTokens> + (row ^ (segment * kSegmentChunks + chunk)) * kChunk;
+  const uint32_t place = SharedAddress(shared.rings) + (octet * kSwizzleRows + row) * kSwizzleRow;
+  const uint32_t from = place + p.code_slots * kTokenCodes<kTokens> +
+                        (row ^ (segment * kSegmentChunks + chunk)) * kChunk;
   const uint32_t to = place + segment * kTokens * kSwizzleRow + (row ^ 2 * chunk) * kChunk;
   constexpr int kPitch = kWarpOctets * kSwizzleRows * kSwizzleRow;
-  // A stage is filled anew so many steps after a was unpacked in it: then whoever multiplies is
-  // done with it, or soon will be. They are no fewer than the warpgroups that take turns, for a
-  // stage is released a turn late.
-  const int behind = p.stages / 2;
-  int slot = 0, parity = 0, refill_slot = 0, refill_parity = 0;
+  int slot = 0, parity = 0, stage = 0, stage_parity = 0, refill_slot = 0;
   for (int step = 0; step < work.steps; ++step) {
-    BarrierWait(&fixed.a_full[slot], parity);
-    const int stage = slot * p.stage_bytes;
+    BarrierWait(&fixed.a_full[stage], stage_parity);
+    uint4 nibbles[kLoads];
     if (octet < kOctets) {
-      uint4 nibbles[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) nibbles[i] = LoadShared(from + stage + i * kPitch);
+      for (int i = 0; i < kLoads; ++i) {
+        nibbles[i] = LoadShared(from + stage * p.stage_bytes + i * kPitch);
+      }
+    }
+    if (step >= p.code_slots) {
+      // The step that had these codes is done with, and with it its stage.
+      BarrierWait(&fixed.empty[slot], parity ^ 1);
+      const int refill = step - p.code_slots + p.stages;
+      if (warp == 0 && lane == 0 && refill < work.steps) {
+        CopyStep(p, a_map, b_map, work, refill, refill_slot, shared);
+      }
+      if (++refill_slot == p.stages) refill_slot = 0;
+    }
+    if (octet < kOctets) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const uint4 v = nibbles[i];
-        const uint32_t at = to + stage + i * kPitch;
+        const uint32_t at = to + slot * kTokenCodes<kTokens> + i * kPitch;
         StoreShared(at, {EvenCodes(v.x), EvenCodes(v.y), EvenCodes(v.z), EvenCodes(v.w)});
         StoreShared(at ^ kChunk, {OddCodes(v.x), OddCodes(v.y), OddCodes(v.z), OddCodes(v.w)});
       }
@@ -138,22 +145,14 @@ __device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap&
     FenceAsyncProxy();
     __syncwarp();
     if (lane == 0) BarrierArrive(&fixed.unpacked[slot]);
-    if (++slot == p.stages) {
+    if (++stage == p.stages) {
+      stage = 0;
+      stage_parity ^= 1;
+    }
+    if (++slot == p.code_slots) {
       slot = 0;
       parity ^= 1;
     }
-    const int refill = step - behind + p.stages;
-    if (step >= behind && refill < work.steps) {
-      if (warp == 0 && lane == 0) {
-        BarrierWait(&fixed.empty[refill_slot], refill_parity);
-        CopyStep(p, a_map, b_map, work, refill, refill_slot, shared);
-      }
-      if (++refill_slot == p.stages) {
-        refill_slot = 0;
-        refill_parity ^= 1;
-      }
-    }
-    __syncwarp();
   }
 }
 
@@ -167,18 +166,18 @@ __device__ __forceinline__ void Multiply(const Params& p, const Work& work, int 
   // Past the tile's last row it is taken again, for sums that are not stored.
   const int row =
       min(row_group * kWgmmaRows + threadIdx.x % kWarpgroup / kWarp * 16 + lane % 16, p.rows - 1);
-  const uint32_t place = SharedAddress(shared.ring) + kTokenBytes<kTokens> + row * kStageRowBytes +
+  const uint32_t place = SharedAddress(shared.rings) + p.code_slots * kTokenCodes<kTokens> +
+                         kTokenNibbles<kTokens> + row * kStageRowBytes +
                          (lane / 16 ^ row % kSwizzleRows) * kChunk;
 #pragma unroll
   for (float& sum : sums) sum = 0;
   // Of two pairs of chunks, by turns: one is unpacked while the other is multiplied.
   constexpr int kPairs = kStageChunks / 2;
   uint32_t codes[2][2][4];
-  int slot = sharer, parity = 0, last_slot = 0;
+  int stage = sharer, stage_parity = 0, slot = sharer, parity = 0, last_slot = 0;
   for (int step = sharer; step < work.steps; step += p.sharers) {
-    BarrierWait(&fixed.b_full[slot], parity);
-    const int stage = slot * p.stage_bytes;
-    const uint32_t from = place + stage;
+    BarrierWait(&fixed.b_full[stage], stage_parity);
+    const uint32_t from = place + stage * p.stage_bytes;
     uint32_t words[4];
     LoadMatrices(from, words);
 #pragma unroll
@@ -187,9 +186,9 @@ __device__ __forceinline__ void Multiply(const Params& p, const Work& work, int 
       if (pair + 1 < kPairs) LoadMatrices(from ^ (pair + 1) * 2 * kChunk, words);
       if (pair == 0) BarrierWait(&fixed.unpacked[slot], parity);
       constexpr int kSegmentPairs = kPairs / kSegments;
-      const uint64_t tokens =
-          WgmmaDescriptor(shared.ring + stage + pair / kSegmentPairs * kTokens * kSwizzleRow) +
-          (pair % kSegmentPairs * 2 * kWgmmaK >> 4);
+      const uint64_t tokens = WgmmaDescriptor(shared.rings + slot * kTokenCodes<kTokens> +
+                                              pair / kSegmentPairs * kTokens * kSwizzleRow) +
+                              (pair % kSegmentPairs * 2 * kWgmmaK >> 4);
       WgmmaFence();
 #pragma unroll
       for (int i = 0; i < 2; ++i) Wgmma(sums, codes[pair % 2][i], tokens + (i * kWgmmaK >> 4));
@@ -198,10 +197,15 @@ __device__ __forceinline__ void Multiply(const Params& p, const Work& work, int 
       WgmmaWait<1>();
       if (pair == 0 && step != sharer && lane == 0) BarrierArrive(&fixed.empty[last_slot]);
     }
+    stage += p.sharers;
+    if (stage >= p.stages) {
+      stage -= p.stages;
+      stage_parity ^= 1;
+    }
     last_slot = slot;
     slot += p.sharers;
-    if (slot >= p.stages) {
-      slot -= p.stages;
+    if (slot >= p.code_slots) {
+      slot -= p.code_slots;
       parity ^= 1;
     }
   }
@@ -212,9 +216,8 @@ template <int kTokens>
 __global__ void __launch_bounds__(kThreads, 1)
     PackedGemmKernel(const __grid_constant__ CUtensorMap a_map,
                      const __grid_constant__ CUtensorMap b_map, const __grid_constant__ Params p) {
-  extern __shared__ uint8_t raw[];
-  // As an offset, so that the compiler still sees that this is shared memory.
-  auto& shared = *reinterpret_cast<Shared<kTokens>*>(raw + (-SharedAddress(raw) % kAlignment));
+  extern __shared__ __align__(kAlignment) uint8_t memory[];
+  auto& shared = *reinterpret_cast<Shared<kTokens>*>(memory);
   const Work work = BlockWork<kTokens>(p);
   // From the first lane, so that the compiler sees that it is the same in all.
   const int warp = __shfl_sync(~0u, threadIdx.x / kWarp, 0);
@@ -266,9 +269,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int kTokens>
-constexpr int kSharedBytes = sizeof(Shared<kTokens>) + kAlignment;
-
 cudaLaunchAttribute ClusterOf(int blocks) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -291,7 +291,7 @@ cudaError_t ClustersAtOnce(int split, int* clusters) {
   cudaLaunchConfig_t config{};
   config.gridDim = split;
   config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes<kTokens>;
+  config.dynamicSmemBytes = sizeof(Shared<kTokens>);
   config.attrs = &cluster;
   config.numAttrs = 1;
   status = cudaOccupancyMaxActiveClusters(clusters, PackedGemmKernel<kTokens>, &config);
@@ -347,19 +347,39 @@ cudaError_t Choose(const PackedGemm& g, Plan* best) {
   return cudaSuccess;
 }
 
+// How shared memory is divided.
+struct Rings {
+  int code_slots, stages, stage_bytes;
+};
+
+// A stage is filled anew when the codes of its step are used up, for a step that comes after those
+// that have codes: so there are more stages than code slots, or nothing would ever come.
+template <int kTokens>
+constexpr Rings Divide(int rows, int sharers) {
+  const int b_bytes = rows * kStageRowBytes, stage_bytes = kTokenNibbles<kTokens> + b_bytes;
+  for (int turns = kMaxTurns;; --turns) {
+    const int code_slots = turns * sharers;
+    const int fitting = (kRingBytes<kTokens> - code_slots * kTokenCodes<kTokens>) / stage_bytes;
+    const int wanted = std::max(code_slots + 2 * sharers, kBytesAhead / b_bytes);
+    const int stages = std::min({fitting, wanted, kMaxStages}) / sharers * sharers;
+    if (stages > code_slots || turns == kMinTurns) return {code_slots, stages, stage_bytes};
+  }
+}
+
+// Of the largest tile that one warpgroup has the rows of, or two by turns.
+template <int kTokens, int kSharers>
+constexpr bool kFits = Divide<kTokens>(kMaxRows / kSharers, kSharers).stages >
+                       Divide<kTokens>(kMaxRows / kSharers, kSharers).code_slots;
+
 template <int kTokens>
 cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
-  static_assert(kSharedBytes<kTokens> <= kSharedLimit);
-  static_assert(kRingBytes<kTokens> / (kTokenBytes<kTokens> + kMaxRows * kStageRowBytes) >=
-                kMinStages);
-  static_assert(kRingBytes<kTokens> /
-                    (kTokenBytes<kTokens> + kMaxRows / kMaxSharers * kStageRowBytes) >=
-                2 * kMaxSharers);
+  static_assert(sizeof(Shared<kTokens>) <= kSharedLimit);
+  static_assert(kFits<kTokens, 1> && kFits<kTokens, kMaxSharers>);
   static_assert(sizeof(Shared<kTokens>::sums) <= kRingBytes<kTokens>);
   static_assert(kTokens % kSwizzleRows == 0);
   cudaError_t status =
       cudaFuncSetAttribute(PackedGemmKernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           kSharedBytes<kTokens>);
+                           sizeof(Shared<kTokens>));
   if (status != cudaSuccess) return status;
   Plan plan;
   status = Choose<kTokens>(g, &plan);
@@ -376,8 +396,7 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
   const int64_t m_tiles = DivideUp(g.m, kTokens), n_tiles = DivideUp(g.n, plan.rows);
   const int row_groups = static_cast<int>(DivideUp(plan.rows, kWgmmaRows));
   const int sharers = std::min(kMaxSharers, kConsumers / row_groups);
-  const int stage_bytes = kTokenBytes<kTokens> + plan.rows * kStageRowBytes;
-  const int fitting = kRingBytes<kTokens> / stage_bytes;
+  const Rings rings = Divide<kTokens>(plan.rows, sharers);
   const int width = g.out_type == DType::kF32 ? 4 : 2;
   const int64_t stages = DivideUp(g.k, kStageK);
   const Params p{static_cast<int>(g.batch),
@@ -388,8 +407,9 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
                  plan.rows,
                  row_groups,
                  sharers,
-                 std::min(kMaxStages, fitting / sharers * sharers),
-                 stage_bytes,
+                 rings.code_slots,
+                 rings.stages,
+                 rings.stage_bytes,
                  plan.split,
                  static_cast<int>(stages / plan.split),
                  static_cast<int>(stages % plan.split),
@@ -407,7 +427,7 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
   if (blocks > kMaxSize) return cudaErrorInvalidConfiguration;
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes<kTokens>;
+  config.dynamicSmemBytes = sizeof(Shared<kTokens>);
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;

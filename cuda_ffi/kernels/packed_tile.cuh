@@ -38,15 +38,20 @@ constexpr int kAlignment = 1024;          // of a 128-byte-swizzled tile
 // Rows of b in a tile: any multiple of the swizzle's, so that shares can be equal.
 constexpr int kMaxRows = kConsumers * kWgmmaRows;
 
-// Stages: as many as fit, up to the barriers that there are for them.
-constexpr int kMinStages = 3;
-constexpr int kMaxStages = 16;
-
 // Warpgroups that take turns along k with the same rows, where a tile has few. Each must meet the
-// same stages again and again: a barrier that is waited for only now and then may be a phase
-// behind. And a stage is released a turn late, so there must be more of them than take turns.
+// same slots of a ring again and again: a barrier that is waited for only now and then may be a
+// phase behind.
 constexpr int kMaxSharers = 2;
-static_assert(kMinStages > kMaxSharers);
+
+// Steps whose codes of a are unpacked at once, for each warpgroup that takes turns. Of three, one
+// is multiplied, one is there and one is being unpacked, and nobody waits; two always fit.
+constexpr int kMinTurns = 2, kMaxTurns = 3;
+constexpr int kMaxCodeSlots = kMaxTurns * kMaxSharers;
+
+// Stages, whose nibbles are on their way: as many as hold so many bytes of b, and barriers. More
+// are no help: with a fifth more, products of one token took up to a tenth longer.
+constexpr int kBytesAhead = 112 * 1024;
+constexpr int kMaxStages = 16;
 
 // Tokens whose sums are shared out together, and of which a thread has four: two rows of two.
 constexpr int kUnit = 8;
@@ -58,26 +63,25 @@ struct Fixed {
   float bias[kMaxRows];
   uint64_t a_full[kMaxStages];  // nibbles are there
   uint64_t b_full[kMaxStages];
-  uint64_t unpacked[kMaxStages];  // a's
-  uint64_t empty[kMaxStages];
+  uint64_t unpacked[kMaxCodeSlots];
+  uint64_t empty[kMaxCodeSlots];  // codes are used up, and so is the stage they are of
 };
 
-// Of a stage: a's codes, a segment after the other; a's nibbles; b's nibbles, all in swizzled rows.
+// In swizzled rows: a's codes of a step, a segment after the other; its nibbles, which come before
+// b's in a stage.
 template <int kTokens>
 constexpr int kTokenCodes = kSegments * kTokens * kSwizzleRow;
 template <int kTokens>
 constexpr int kTokenNibbles = kTokens * kStageRowBytes;
-template <int kTokens>
-constexpr int kTokenBytes = kTokenCodes<kTokens> + kTokenNibbles<kTokens>;
 
 template <int kTokens>
-constexpr int kRingBytes = (kSharedLimit - kAlignment - static_cast<int>(sizeof(Fixed<kTokens>))) /
-                           kAlignment * kAlignment;
+constexpr int kRingBytes =
+    (kSharedLimit - static_cast<int>(sizeof(Fixed<kTokens>))) / kAlignment * kAlignment;
 
 template <int kTokens>
 struct Shared {
   union {
-    uint8_t ring[kRingBytes<kTokens>];
+    uint8_t rings[kRingBytes<kTokens>];              // codes of a, and then stages
     float4 sums[kTokens / kUnit][kConsumerThreads];  // once the last stage is used up
   };
   Fixed<kTokens> fixed;
@@ -89,7 +93,8 @@ struct Params {
   int rows;        // of b, in a tile
   int row_groups;  // of them, a wgmma's each
   int sharers;     // warpgroups that take turns along k with the same row group
-  int stages;      // of the ring
+  int code_slots;  // steps whose codes of a there is room for
+  int stages;
   int stage_bytes;
   int split;  // blocks of a cluster
   int steps;  // along k of each, and of as many as `longer` one more
