@@ -155,14 +155,15 @@ bool Check(const Case& c) {
 bool CheckAll(bool large) {
   const DType kOut[] = {DType::kBF16, DType::kF16, DType::kF32};
   // Every count of tokens a wgmma takes, edges on every side, k of less than a stage and of many,
-  // one block a tile and clusters of several, and every number of warpgroups that finish a tile.
+  // one block a tile and clusters of several, every number of warpgroups that finish a tile, and of
+  // steps whose codes of a there is room for.
   const int kShapes[][3] = {{1, 1, 32},      {1, 64, 64},     {3, 63, 96},     {8, 100, 1024},
                             {9, 64, 256},    {16, 300, 544},  {17, 100, 1024}, {32, 129, 2048},
                             {33, 100, 96},   {64, 63, 5120},  {65, 1, 1024},   {200, 100, 288},
                             {1, 5120, 1024}, {17, 1000, 800}, {64, 1300, 512}, {3, 100, 13824},
                             {64, 130, 5120}, {65, 260, 1056}, {2, 4, 0},       {5, 130, 4096},
                             {16, 20, 1056},  {13, 60, 2080},  {29, 20, 96},    {30, 17000, 32},
-                            {13, 17000, 32}, {61, 17000, 32}};
+                            {13, 17000, 32}, {61, 17000, 32}, {40, 6600, 5184}};
   bool ok = true;
   int i = 0;
   for (auto [m, n, k] : kShapes) {

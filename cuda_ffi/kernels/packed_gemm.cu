@@ -112,7 +112,8 @@ __device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap&
   const uint32_t place = SharedAddress(shared.rings) + (octet * kSwizzleRows + row) * kSwizzleRow;
   const uint32_t from = place + p.code_slots * kTokenCodes<kTokens> +
                         (row ^ (segment * kSegmentChunks + chunk)) * kChunk;
-  const uint32_t to = place + segment * kTokens * kSwizzleRow + (row ^ 2 * chunk) * kChunk;
+  const uint32_t even = place + segment * kTokens * kSwizzleRow + (row ^ 2 * chunk) * kChunk;
+  const uint32_t odd = even ^ kChunk;
   constexpr int kPitch = kWarpOctets * kSwizzleRows * kSwizzleRow;
   int slot = 0, parity = 0, stage = 0, stage_parity = 0, refill_slot = 0;
   for (int step = 0; step < work.steps; ++step) {
@@ -137,9 +138,9 @@ __device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap&
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const uint4 v = nibbles[i];
-        const uint32_t at = to + slot * kTokenCodes<kTokens> + i * kPitch;
-        StoreShared(at, {EvenCodes(v.x), EvenCodes(v.y), EvenCodes(v.z), EvenCodes(v.w)});
-        StoreShared(at ^ kChunk, {OddCodes(v.x), OddCodes(v.y), OddCodes(v.z), OddCodes(v.w)});
+        const int to = slot * kTokenCodes<kTokens> + i * kPitch;
+        StoreShared(even + to, {EvenCodes(v.x), EvenCodes(v.y), EvenCodes(v.z), EvenCodes(v.w)});
+        StoreShared(odd + to, {OddCodes(v.x), OddCodes(v.y), OddCodes(v.z), OddCodes(v.w)});
       }
     }
     FenceAsyncProxy();
@@ -169,6 +170,7 @@ __device__ __forceinline__ void Multiply(const Params& p, const Work& work, int 
   const uint32_t place = SharedAddress(shared.rings) + p.code_slots * kTokenCodes<kTokens> +
                          kTokenNibbles<kTokens> + row * kStageRowBytes +
                          (lane / 16 ^ row % kSwizzleRows) * kChunk;
+  const uint64_t first_tokens = WgmmaDescriptor(shared.rings);
 #pragma unroll
   for (float& sum : sums) sum = 0;
   // Of two pairs of chunks, by turns: one is unpacked while the other is multiplied.
@@ -186,9 +188,9 @@ __device__ __forceinline__ void Multiply(const Params& p, const Work& work, int 
       if (pair + 1 < kPairs) LoadMatrices(from ^ (pair + 1) * 2 * kChunk, words);
       if (pair == 0) BarrierWait(&fixed.unpacked[slot], parity);
       constexpr int kSegmentPairs = kPairs / kSegments;
-      const uint64_t tokens = WgmmaDescriptor(shared.rings + slot * kTokenCodes<kTokens> +
-                                              pair / kSegmentPairs * kTokens * kSwizzleRow) +
-                              (pair % kSegmentPairs * 2 * kWgmmaK >> 4);
+      const int at = slot * kTokenCodes<kTokens> + pair / kSegmentPairs * kTokens * kSwizzleRow +
+                     pair % kSegmentPairs * 2 * kWgmmaK;
+      const uint64_t tokens = first_tokens + (at >> 4);
       WgmmaFence();
 #pragma unroll
       for (int i = 0; i < 2; ++i) Wgmma(sums, codes[pair % 2][i], tokens + (i * kWgmmaK >> 4));
