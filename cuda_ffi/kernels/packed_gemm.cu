@@ -309,9 +309,9 @@ struct Plan {
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Microseconds that a multiprocessor takes for a block, fitted to products of every split of 1, 16
-// and 64 tokens on a GPU that reads 3.0 TB/s. With 1.4 times that, bytes of b cost less; of the 24
-// products of benchmarks/gemm.py the one choice that is over 2 % slower than the best is then that
-// of 1 x 13824 x 5120, by 6 %.
+// and 64 tokens on a GPU that reads 3.0 TB/s. With 1.4 times that, bytes of b cost less, and since
+// then the rings have changed: of the 24 products of benchmarks/gemm.py there is none whose choice
+// is over 3 % slower than the best.
 template <int kTokens>
 double BlockCost(int64_t steps, int64_t rows, int split) {
   constexpr double kBlock = 4.4;         // launch, the first bytes' way, the last step, the end
