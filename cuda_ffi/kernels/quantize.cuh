@@ -247,17 +247,48 @@ __device__ __forceinline__ void StoreTransposed(const uint32_t* tile, int rows, 
   }
 }
 
+// --- one kernel after the other ---
+
+// From here on, or from their end, of all blocks of this kernel, the next one may begin, if it is
+// launched by LaunchEarly.
+__device__ __forceinline__ void LetNextBegin() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+
+// In a kernel that is launched by LaunchEarly: returns when all that came before it in its stream
+// has ended, and can be seen. What is read or written before must be nobody else's.
+__device__ __forceinline__ void WaitForLast() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // --- launching ---
 
 template <typename... Params, typename... Args>
-cudaError_t Launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
-                   const Args&... args) {
+cudaError_t LaunchWith(cudaLaunchAttribute* attribute, void (*kernel)(Params...), int64_t blocks,
+                       int threads, cudaStream_t stream, const Args&... args) {
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = attribute != nullptr;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+template <typename... Params, typename... Args>
+cudaError_t Launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
+                   const Args&... args) {
+  return LaunchWith(nullptr, kernel, blocks, threads, stream, args...);
+}
+
+// Launches a kernel whose blocks may be there before the kernel before it has ended: it calls
+// WaitForLast.
+template <typename... Params, typename... Args>
+cudaError_t LaunchEarly(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
+                        const Args&... args) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  return LaunchWith(&early, kernel, blocks, threads, stream, args...);
 }
 
 template <Format kFormat>
