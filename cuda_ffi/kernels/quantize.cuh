@@ -247,18 +247,6 @@ __device__ __forceinline__ void StoreTransposed(const uint32_t* tile, int rows, 
   }
 }
 
-// --- one kernel after the other ---
-
-// From here on, or from their end, of all blocks of this kernel, the next one may begin, if it is
-// launched by LaunchEarly.
-__device__ __forceinline__ void LetNextBegin() {
-  asm volatile("griddepcontrol.launch_dependents;");
-}
-
-// In a kernel that is launched by LaunchEarly: returns when all that came before it in its stream
-// has ended, and can be seen. What is read or written before must be nobody else's.
-__device__ __forceinline__ void WaitForLast() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // --- launching ---
 
 template <typename... Params, typename... Args>
@@ -280,8 +268,8 @@ cudaError_t Launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaS
   return LaunchWith(nullptr, kernel, blocks, threads, stream, args...);
 }
 
-// Launches a kernel whose blocks may be there before the kernel before it has ended: it calls
-// WaitForLast.
+// Launches a kernel that may begin before the one before it has ended: all of its blocks call
+// WaitForLast, so that what comes after it comes after both.
 template <typename... Params, typename... Args>
 cudaError_t LaunchEarly(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
                         const Args&... args) {
@@ -290,6 +278,15 @@ cudaError_t LaunchEarly(void (*kernel)(Params...), int64_t blocks, int threads, 
   early.val.programmaticStreamSerializationAllowed = 1;
   return LaunchWith(&early, kernel, blocks, threads, stream, args...);
 }
+
+// When all blocks of a kernel have called this, or have ended, one that LaunchEarly has put behind
+// it may begin.
+__device__ __forceinline__ void LetNextBegin() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+
+// Returns when the kernel before this one has ended, and what it wrote can be seen.
+__device__ __forceinline__ void WaitForLast() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 template <Format kFormat>
 using FormatConstant = std::integral_constant<Format, kFormat>;

@@ -20,7 +20,6 @@ constexpr int kZeroThreads = 256;
 
 __global__ void __launch_bounds__(kZeroThreads)
     ZeroKernel(float* row_amax, int64_t rows, float* col_amax, int64_t cols) {
-  LetNextBegin();
   const int64_t i = int64_t{blockIdx.x} * kZeroThreads + threadIdx.x;
   if (i < rows) row_amax[i] = 0;
   if (i < cols) col_amax[i] = 0;
@@ -71,7 +70,6 @@ __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
       static_cast<const uint4*>(args.in.x) + first_row * pitch + (at.first_col + col) / kElements;
   const int64_t kept = kKeptBytes / (args.in.cols * ElementBytes(kType));
   const bool keep = first_row + kept >= args.in.batch * args.in.rows;
-  LetNextBegin();
   float col_factor[kElements] = {}, largest[kElements] = {};
   if (inside) LoadFactors(args.col_factor + first_col + col, col_factor);
 
@@ -103,10 +101,8 @@ __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
         if (lane == first + i) own = all;
       }
     }
-    WaitForLast();  // ZeroKernel, which has itself begun when the gradient was there
     if (has_row) atomicMax(BitsOf(args.row_amax) + first_row + done + lane, own);
   }
-  WaitForLast();  // where there was no row
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     magnitudes[warp][col + i] = inside ? __float_as_uint(largest[i]) : 0;
@@ -197,7 +193,6 @@ __global__ void __launch_bounds__(kTileThreads, 4)
       held[i] = inside && r < at.rows ? __ldcs(x + r * vectors) : uint4{};
     }
   };
-  WaitForLast();
   load(lane_row);
   if (threadIdx.x < at.rows) {
     const int64_t row = at.first_row + threadIdx.x, slice = at.batch * args.in.rows + row;
@@ -253,8 +248,8 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 cudaError_t LaunchGradientTiles(const QuantizeGradient& args, cudaStream_t stream) {
   return WithType(args.in.type, [&](auto type) {
     return WithFormat(args.format, [&](auto format) {
-      return LaunchEarly(GradientTileKernel<type(), format()>, TileBlocks(args.in), kTileThreads,
-                         stream, args);
+      return Launch(GradientTileKernel<type(), format()>, TileBlocks(args.in), kTileThreads, stream,
+                    args);
     });
   });
 }
@@ -307,8 +302,8 @@ cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream) {
     int warp_rows = 0;
     error = ChooseAmaxRows(in, kCols, &warp_rows);
     if (error != cudaSuccess) return error;
-    return LaunchEarly(GradientAmaxKernel<type()>, AmaxBlocks(in, kAmaxWarps * warp_rows, kCols),
-                       kTileThreads, stream, args, warp_rows);
+    return Launch(GradientAmaxKernel<type()>, AmaxBlocks(in, kAmaxWarps * warp_rows, kCols),
+                  kTileThreads, stream, args, warp_rows);
   });
 }
 

@@ -23,7 +23,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int vectors = static_cast<int>(args.in.cols / kElements);
   const uint4* x = static_cast<const uint4*>(args.in.x) + row * vectors;
 
-  LetNextBegin();
   uint4 held[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -47,6 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   amax = WarpMax(lane < blockDim.x / kWarp ? warp_amax[lane] : 0);
   if (args.amax_floor != nullptr) amax = max(amax, __float_as_uint(args.amax_floor[row]));
 
+  LetNextBegin();  // whose blocks take a while to be there
   const float scale = ScaleOf(amax, kFormat);
   if (threadIdx.x == 0) args.scale[row] = scale;
   const float inverse = __frcp_rn(scale);

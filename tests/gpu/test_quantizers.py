@@ -164,6 +164,27 @@ def test_columns_that_clusters_take_as_they_come_to_them(poisoned):
                 same_scale(got.scale, expected.scale)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8192, 4096), (16_384, 1024), (2048, 13_824)], ids=str)
+def test_what_begins_early_waits_for_what_it_reads(shape):
+    """The second layout's kernel may be there before the first one has ended, and read too soon.
+
+    It would find what the call before has left in its memory, which is another tensor's.
+    """
+
+    @jax.jit
+    def misplaced(x):
+        q = ffi.quantize_rows(x, format="e2m1", want=("codes", "codes_t"))
+        codes, codes_t = (jax.lax.bitcast_convert_type(c, jnp.uint8) for c in (q.codes, q.codes_t))
+        return jnp.sum(codes_t != codes.T)
+
+    with jfp4.backend("cuda"):
+        tensors = [
+            jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) for seed in range(4)
+        ]
+        assert [int(n) for n in [misplaced(x) for x in 3 * tensors]] == [0] * 12
+
+
 @by_axis
 @pytest.mark.parametrize("copies", [2, 1], ids=["fast", "any"])
 @pytest.mark.parametrize("format", FOUR_BITS)
