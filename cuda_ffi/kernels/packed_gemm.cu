@@ -1,4 +1,4 @@
-// The codes of b stream once from memory, so everything serves keeping many of their bytes in
+// The codes of b stream once from memory, so everything serves keeping enough of their bytes in
 // flight, and as many on one multiprocessor as on the next. A cluster of blocks computes one tile
 // of y, each block over its own share of k; there is one block on a multiprocessor, and the tiles
 // are as high as it takes for all blocks to run at once with equal shares of b.
@@ -349,13 +349,14 @@ cudaError_t Choose(const PackedGemm& g, Plan* best) {
   return cudaSuccess;
 }
 
-// How shared memory is divided.
+// How the rings divide shared memory.
 struct Rings {
   int code_slots, stages, stage_bytes;
 };
 
 // A stage is filled anew when the codes of its step are used up, for a step that comes after those
-// that have codes: so there are more stages than code slots, or nothing would ever come.
+// that have codes. So there must be more stages than code slots, or that step would never come, and
+// there had better be two turns more.
 template <int kTokens>
 constexpr Rings Divide(int rows, int sharers) {
   const int b_bytes = rows * kStageRowBytes, stage_bytes = kTokenNibbles<kTokens> + b_bytes;
@@ -368,7 +369,7 @@ constexpr Rings Divide(int rows, int sharers) {
   }
 }
 
-// Of the largest tile that one warpgroup has the rows of, or two by turns.
+// Whether there are for the largest tile with so many sharers, and so for all.
 template <int kTokens, int kSharers>
 constexpr bool kFits = Divide<kTokens>(kMaxRows / kSharers, kSharers).stages >
                        Divide<kTokens>(kMaxRows / kSharers, kSharers).code_slots;
