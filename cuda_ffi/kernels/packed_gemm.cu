@@ -93,7 +93,7 @@ __device__ __forceinline__ void InitOtherBarriers(const Params& p, Shared<kToken
   }
 }
 
-// The token warps' part: unpacks a's nibbles, a step after the other, and fills rings anew.
+// The token warps' part: unpacks a's nibbles, a step after the other, and fills stages anew.
 template <int kTokens>
 __device__ __forceinline__ void UnpackTokens(const Params& p, const CUtensorMap& a_map,
                                              const CUtensorMap& b_map, const Work& work, int warp,
