@@ -112,6 +112,10 @@ class Checker {
     return present ? data : nullptr;
   }
 
+  TileCounter* TakeCounter(const char* name, Buffer buffer) {
+    return reinterpret_cast<TileCounter*>(Take<uint32_t>(name, buffer, ffi::U32, {kCounterWords}));
+  }
+
   // The type of a tensor outside the kernels.
   DType FloatType(const char* name, Buffer buffer) {
     switch (buffer.element_type()) {

@@ -75,8 +75,7 @@ inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buf
   args.out_type = check.FloatType("y", *y);
   args.y = check.Take<void>("y", *y, y->element_type(), {args.m, args.n});
   args.promote = promote;
-  args.counter = reinterpret_cast<TileCounter*>(
-      check.Take<uint32_t>("counter", *counter, ffi::U32, {kCounterWords}));
+  args.counter = check.TakeCounter("counter", *counter);
   return check.Finish(args);
 }
 

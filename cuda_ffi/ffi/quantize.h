@@ -67,11 +67,12 @@ struct GradientAmaxCall {
         .template Arg<Buffer>()   // col_factor: f32 [..., 1, n]
         .template Arg<Buffer>()   // row_factor: f32 [..., m, 1]
         .template Ret<Buffer>()   // row_amax: f32 [..., m, 1]
-        .template Ret<Buffer>();  // col_amax: f32 [..., 1, n]
+        .template Ret<Buffer>()   // col_amax: f32 [..., 1, n]
+        .template Ret<Buffer>();  // counter: u32 [..., 4], scratch
   }
 
   static ffi::ErrorOr<GradientAmax> Read(Buffer dy, Buffer col_factor, Buffer row_factor,
-                                         Output row_amax, Output col_amax);
+                                         Output row_amax, Output col_amax, Output counter);
 };
 
 struct QuantizeGradientCall {
@@ -166,7 +167,7 @@ inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer 
 
 inline ffi::ErrorOr<GradientAmax> GradientAmaxCall::Read(Buffer dy, Buffer col_factor,
                                                          Buffer row_factor, Output row_amax,
-                                                         Output col_amax) {
+                                                         Output col_amax, Output counter) {
   Checker check("dy", dy, 2);
   const int64_t m = check.dim(0), n = check.dim(1);
   GradientAmax args{};
@@ -175,6 +176,7 @@ inline ffi::ErrorOr<GradientAmax> GradientAmaxCall::Read(Buffer dy, Buffer col_f
   args.row_factor = check.Take<float>("row_factor", row_factor, ffi::F32, {m, 1});
   args.row_amax = check.Take<float>("row_amax", *row_amax, ffi::F32, {m, 1});
   args.col_amax = check.Take<float>("col_amax", *col_amax, ffi::F32, {1, n});
+  args.counter = check.TakeCounter("counter", *counter);
   return check.Finish(args);
 }
 

@@ -11,9 +11,6 @@
 
 namespace jfp4 {
 
-struct TileCounter;
-constexpr int kCounterWords = 4;  // of 32 bits
-
 // y = ((a b^T) * a_scale * b_scale + u v + bias) * slope, rounded once to out_type. a is [batch, m,
 // k], b is [batch, n, k], y [batch, m, n], all contiguous; a and b are 16-byte aligned and k is a
 // positive multiple of 16. Not both of a and b are E5M2. Scales hold one number a row ([batch, m],

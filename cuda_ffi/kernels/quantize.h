@@ -67,6 +67,7 @@ struct GradientAmax {
   const float* row_factor;
   float* row_amax;
   float* col_amax;
+  TileCounter* counter;
 };
 cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream);
 

@@ -1,11 +1,11 @@
 // A gradient for both of its products: a scale a row and one a column, each of its own product. No
 // element has a code before all of its row and of its column are known, so the gradient is read
 // twice: for the largest magnitudes, then, backwards, for the codes of both layouts.
-#include <algorithm>
 #include <limits>
 
 #include "cuda_ffi/kernels/quantize.cuh"
 #include "cuda_ffi/kernels/quantize_any.h"
+#include "cuda_ffi/kernels/tile_counter.cuh"
 
 namespace jfp4 {
 namespace {
@@ -15,22 +15,30 @@ constexpr int kInFlight = 4;  // loads of a thread
 // The end of the gradient that is to stay in L2 between the passes.
 constexpr int kKeptBytes = 24 << 20;
 
-// As many zeros as there are magnitudes, in one launch.
-constexpr int kZeroThreads = 256;
-
-__global__ void __launch_bounds__(kZeroThreads)
-    ZeroKernel(float* row_amax, int64_t rows, float* col_amax, int64_t cols) {
-  const int64_t i = int64_t{blockIdx.x} * kZeroThreads + threadIdx.x;
-  if (i < rows) row_amax[i] = 0;
-  if (i < cols) col_amax[i] = 0;
-}
-
 // The magnitudes as the integers that their bits are.
 __device__ __forceinline__ uint32_t* BitsOf(float* amax) {
   return reinterpret_cast<uint32_t*>(amax);
 }
 __device__ __forceinline__ const uint32_t* BitsOf(const float* amax) {
   return reinterpret_cast<const uint32_t*>(amax);
+}
+
+// Returns when all magnitudes are zero, which the warp sees to whose block comes first. One warp of
+// every block calls it, once. (A kernel that does it ahead is a launch more, and outside of a graph
+// the pass takes less time than that.)
+__device__ __forceinline__ void ZeroOnce(const GradientAmax& args) {
+  const int lane = threadIdx.x % kWarp;
+  const bool first = lane == 0 && ComesFirst(args.counter);
+  if (__any_sync(~0u, first)) {
+    const int64_t rows = args.in.batch * args.in.rows, cols = args.in.batch * args.in.cols;
+    for (int64_t i = lane; i < rows; i += kWarp) args.row_amax[i] = 0;
+    for (int64_t i = lane; i < cols; i += kWarp) args.col_amax[i] = 0;
+    __syncwarp();
+    if (first && gridDim.x > 1) Start(args.counter);
+    if (first && gridDim.x == 1) SetState(args.counter, 0);
+  } else if (lane == 0) {
+    TakeNext(args.counter, gridDim.x - 1);
+  }
 }
 
 template <int kElements>
@@ -48,7 +56,8 @@ __device__ __forceinline__ void LoadFactors(const float* from, float (&factors)[
 // First pass. A block has some rows of a strip of columns, its warps as many of them each, lanes
 // the vectors of a row. Raises magnitudes.
 constexpr int kAmaxWarps = kTileThreads / kWarp;
-constexpr int kAmaxBlocks = 4;  // on a multiprocessor
+constexpr int kAmaxBlocks = 4;      // on a multiprocessor
+constexpr int kAmaxMostRows = 128;  // of a warp
 template <DType kType>
 constexpr int kAmaxCols = kWarp * kPerVector<kType>;
 
@@ -57,27 +66,28 @@ __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
     GradientAmaxKernel(const __grid_constant__ GradientAmax args, const int warp_rows) {
   constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
   static_assert(kWarp % kInFlight == 0 && kCols <= kTileThreads);
-  __shared__ uint32_t magnitudes[kAmaxWarps][kCols];
+  __shared__ uint32_t of_rows[kAmaxWarps * kAmaxMostRows], of_cols[kAmaxWarps][kCols];
   const Place at(blockIdx.x, args.in.rows, args.in.cols, kAmaxWarps * warp_rows, kCols);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t first_row = at.batch * args.in.rows + at.first_row + warp * warp_rows;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warp_row = warp * warp_rows;
+  const int64_t first_row = at.batch * args.in.rows + at.first_row;
   const int64_t first_col = at.batch * args.in.cols + at.first_col;
-  const int rows = min(at.rows - warp * warp_rows, warp_rows), col = lane * kElements;
+  const int rows = min(at.rows - warp_row, warp_rows), col = lane * kElements;
   const bool inside = col < at.cols;
 
   const int64_t pitch = args.in.cols / kElements;
-  const uint4* from =
-      static_cast<const uint4*>(args.in.x) + first_row * pitch + (at.first_col + col) / kElements;
+  const uint4* from = static_cast<const uint4*>(args.in.x) + (first_row + warp_row) * pitch +
+                      (at.first_col + col) / kElements;
   const int64_t kept = kKeptBytes / (args.in.cols * ElementBytes(kType));
-  const bool keep = first_row + kept >= args.in.batch * args.in.rows;
+  const bool keep = first_row + warp_row + kept >= args.in.batch * args.in.rows;
   float col_factor[kElements] = {}, largest[kElements] = {};
   if (inside) LoadFactors(args.col_factor + first_col + col, col_factor);
 
+  if (warp == 0) ZeroOnce(args);
   // A lane has the factor of a row, and in the end its largest magnitude.
 #pragma unroll 1
   for (int done = 0; done < rows; done += kWarp) {
-    const bool has_row = done + lane < rows;
-    const float row_factor = has_row ? __ldg(args.row_factor + first_row + done + lane) : 0;
+    const int row = warp_row + done + lane;
+    const float row_factor = done + lane < rows ? __ldg(args.row_factor + first_row + row) : 0;
     uint32_t own = 0;
 #pragma unroll 1
     for (int first = 0; first < kWarp && done + first < rows; first += kInFlight) {
@@ -101,17 +111,20 @@ __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
         if (lane == first + i) own = all;
       }
     }
-    if (has_row) atomicMax(BitsOf(args.row_amax) + first_row + done + lane, own);
+    if (done + lane < rows) of_rows[row] = own;
   }
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    magnitudes[warp][col + i] = inside ? __float_as_uint(largest[i]) : 0;
+    of_cols[warp][col + i] = inside ? __float_as_uint(largest[i]) : 0;
   }
   __syncthreads();
+  for (int i = threadIdx.x; i < at.rows; i += kTileThreads) {
+    atomicMax(BitsOf(args.row_amax) + first_row + i, of_rows[i]);
+  }
   if (threadIdx.x < at.cols) {
     uint32_t all = 0;
 #pragma unroll
-    for (int i = 0; i < kAmaxWarps; ++i) all = max(all, magnitudes[i][threadIdx.x]);
+    for (int i = 0; i < kAmaxWarps; ++i) all = max(all, of_cols[i][threadIdx.x]);
     atomicMax(BitsOf(args.col_amax) + first_col + threadIdx.x, all);
   }
 }
@@ -122,14 +135,14 @@ int64_t AmaxBlocks(const QuantizeInput& in, int rows, int cols) {
 
 // Rows of a warp, so that all blocks come in as few turns as their rows are worth.
 cudaError_t ChooseAmaxRows(const QuantizeInput& in, int cols, int* warp_rows) {
-  constexpr int kMost = 128, kBegin = 8;  // rows in the time that a block takes to begin and to end
+  constexpr int kBegin = 8;  // rows in the time that a block takes to begin and to end
   int device, multiprocessors;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   int64_t least = std::numeric_limits<int64_t>::max();
-  for (int rows = kInFlight; rows <= kMost; rows += kInFlight) {
+  for (int rows = kInFlight; rows <= kAmaxMostRows; rows += kInFlight) {
     const int64_t blocks = AmaxBlocks(in, kAmaxWarps * rows, cols);
     const int64_t cost = CeilDiv(blocks, kAmaxBlocks * multiprocessors) * (rows + kBegin);
     if (cost >= least) continue;
@@ -150,6 +163,8 @@ __global__ void __launch_bounds__(kTileThreads)
   uint32_t* const col_amax = BitsOf(args.col_amax) + at.batch * args.in.cols;
   const int64_t col = at.first_col + lane;
   float largest = 0;
+  if (threadIdx.x < kWarp) ZeroOnce(args);
+  __syncthreads();
   for (int i = threadIdx.x / kWarp; i < at.rows; i += kTileThreads / kWarp) {
     const int64_t row = at.first_row + i, slice = at.batch * args.in.rows + row;
     float of_row = 0;
@@ -288,11 +303,12 @@ bool TakesVectors(const QuantizeInput& in, const float* col_factor, const uint8_
 
 cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
-  const int64_t rows = in.batch * in.rows, cols = in.batch * in.cols;
-  if (rows + cols == 0) return cudaSuccess;
-  cudaError_t error = Launch(ZeroKernel, CeilDiv(std::max(rows, cols), kZeroThreads), kZeroThreads,
-                             stream, args.row_amax, rows, args.col_amax, cols);
-  if (error != cudaSuccess || rows * in.cols == 0) return error;
+  if (in.batch * in.rows * in.cols == 0) {
+    const cudaError_t error =
+        cudaMemsetAsync(args.row_amax, 0, in.batch * in.rows * sizeof(float), stream);
+    if (error != cudaSuccess) return error;
+    return cudaMemsetAsync(args.col_amax, 0, in.batch * in.cols * sizeof(float), stream);
+  }
   if (!TakesVectors(in, args.col_factor, nullptr)) {
     return Launch(AnyGradientAmaxKernel, AmaxBlocks(in, kAnyAmaxRows, kWarp), kTileThreads, stream,
                   args);
@@ -300,7 +316,7 @@ cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream) {
   return WithType(in.type, [&](auto type) {
     constexpr int kCols = kAmaxCols<type()>;
     int warp_rows = 0;
-    error = ChooseAmaxRows(in, kCols, &warp_rows);
+    const cudaError_t error = ChooseAmaxRows(in, kCols, &warp_rows);
     if (error != cudaSuccess) return error;
     return Launch(GradientAmaxKernel<type()>, AmaxBlocks(in, kAmaxWarps * warp_rows, kCols),
                   kTileThreads, stream, args, warp_rows);

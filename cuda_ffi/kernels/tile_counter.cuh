@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda_ffi/kernels/gemm.h"
+#include "cuda_ffi/kernels/types.h"
 
 namespace jfp4 {
 
@@ -21,9 +21,13 @@ struct TileCounter {
 };
 static_assert(sizeof(TileCounter) == kCounterWords * sizeof(uint32_t));
 
-// Takes the next number, from 0 to `last`, which is at least 1 and which somebody has to take. Who
-// has taken one may add to `next` alone, and must clear `state` if that gives the last.
-__device__ __forceinline__ uint32_t TakeNumber(TileCounter* counter, uint32_t last) {
+__device__ __forceinline__ void SetState(TileCounter* counter, unsigned long long state) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(&counter->state), "l"(state) : "memory");
+}
+
+// Whether the caller is the first of all, who then starts the counter. The others return when it is
+// started, and see what was written before that.
+__device__ __forceinline__ bool ComesFirst(TileCounter* counter) {
   const auto load = [&] {
     unsigned long long state;
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
@@ -32,27 +36,36 @@ __device__ __forceinline__ uint32_t TakeNumber(TileCounter* counter, uint32_t la
                  : "memory");
     return state;
   };
-  const auto store = [&](unsigned long long state) {
-    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(&counter->state), "l"(state)
-                 : "memory");
-  };
   unsigned long long state = load();
   while (state != TileCounter::kStarted) {
-    if (state == TileCounter::kStarting) {
-      state = load();
-      continue;
-    }
-    const unsigned long long found = atomicCAS(&counter->state, state, TileCounter::kStarting);
-    if (found == state) {
-      counter->next = 1;
-      store(TileCounter::kStarted);
-      return 0;
+    if (state != TileCounter::kStarting &&
+        atomicCAS(&counter->state, state, TileCounter::kStarting) == state) {
+      return true;
     }
     state = load();  // not what was found: that would order nothing after who started it
   }
+  return false;
+}
+
+// The first has number 0; `last`, which is at least 1, is the number that clears the counter.
+__device__ __forceinline__ void Start(TileCounter* counter) {
+  counter->next = 1;
+  SetState(counter, TileCounter::kStarted);
+}
+
+// Takes the next number, from 1 to `last`, of a counter that is started. Who has taken one may add
+// to `next` alone, and must clear `state` if that gives the last, which somebody has to take.
+__device__ __forceinline__ uint32_t TakeNext(TileCounter* counter, uint32_t last) {
   const uint32_t number = atomicAdd(&counter->next, 1);
-  if (number == last) store(0);
+  if (number == last) SetState(counter, 0);
   return number;
+}
+
+// Takes the next number, from 0 on.
+__device__ __forceinline__ uint32_t TakeNumber(TileCounter* counter, uint32_t last) {
+  if (!ComesFirst(counter)) return TakeNext(counter, last);
+  Start(counter);
+  return 0;
 }
 
 }  // namespace jfp4

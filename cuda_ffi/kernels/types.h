@@ -13,4 +13,8 @@ enum class DType : int32_t { kBF16, kF16, kF32 };
 // over four: why is said there, at operand_format.
 enum class Format : int32_t { kE2M1, kE1M2, kE3M0, kE2M1B3, kE4M3, kE5M2 };
 
+// Scratch memory of some kernels, of whatever content, 8-byte aligned.
+struct TileCounter;
+constexpr int kCounterWords = 4;  // of 32 bits
+
 }  // namespace jfp4

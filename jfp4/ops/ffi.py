@@ -336,8 +336,8 @@ def gradient_amax(
     NaN where there is one. See ``quantize_gradient``.
     """
     *batch, m, n = dy.shape
-    results = _float32(*batch, m, 1), _float32(*batch, 1, n)
-    of_rows, of_columns = _call("jfp4_gradient_amax", results)(dy, col_factor, row_factor)
+    results = _float32(*batch, m, 1), _float32(*batch, 1, n), _counter(batch)
+    of_rows, of_columns, _ = _call("jfp4_gradient_amax", results)(dy, col_factor, row_factor)
     return of_rows, of_columns
 
 
@@ -403,9 +403,6 @@ def thresholds(
 ROW_BYTES = 16
 """Rows of codes are padded to a multiple of what GPUs copy at a time."""
 
-COUNTER_WORDS = 4
-"""Scratch of a product: what it hands its tiles out from."""
-
 
 def gemm(
     a: Float[Array, "*b m k"],
@@ -452,10 +449,7 @@ def gemm(
             0,
         )
     w, w_scale, k, cap = slope
-    results = (
-        jax.ShapeDtypeStruct((*batch, m, n), out_dtype),
-        jax.ShapeDtypeStruct((*batch, COUNTER_WORDS), jnp.uint32),  # scratch
-    )
+    results = jax.ShapeDtypeStruct((*batch, m, n), out_dtype), _counter(batch)
     y, _ = _call("jfp4_gemm", results)(
         *(a, a_scale, b, b_scale, u, v, bias, w, w_scale),
         promote=promote,
@@ -637,6 +631,11 @@ def _call(
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _counter(batch: Sequence[int]) -> jax.ShapeDtypeStruct:
+    """Scratch by which the blocks of a kernel agree on who has done what."""
+    return jax.ShapeDtypeStruct((*batch, 4), jnp.uint32)
 
 
 def _index(format: str) -> np.int32:

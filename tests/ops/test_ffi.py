@@ -637,7 +637,7 @@ COLUMNS = Call(
 GRADIENT_AMAX = Call(
     "jfp4_gradient_amax",
     {"dy": (BF16, (3, 8)), "col_factor": (F32, (1, 8)), "row_factor": (F32, (3, 1))},
-    {"row_amax": (F32, (3, 1)), "col_amax": (F32, (1, 8))},
+    {"row_amax": (F32, (3, 1)), "col_amax": (F32, (1, 8)), "counter": ("uint32", (4,))},
     {},
 )
 GRADIENT = Call(
@@ -747,6 +747,7 @@ MISTAKES = [
     (GRADIENT_AMAX, {"row_factor": (F32, (3,))}, "row_factor is f32[3]; expected f32[3, 1]"),
     (GRADIENT_AMAX, {"row_amax": (F32, (8,))}, "row_amax is f32[8]; expected f32[3, 1], beside dy"),
     (GRADIENT_AMAX, {"col_amax": (F32, (8,))}, "col_amax is f32[8]; expected f32[1, 8], beside dy"),
+    (GRADIENT_AMAX, {"counter": ("uint32", (3,))}, "counter is u32[3]; expected u32[4], beside dy"),
     (GRADIENT, {"codes": (E5M2, (3, 0))}, "codes is f8e5m2[3, 0]; expected f8e5m2[3, 8]"),
     (GRADIENT, {"row_scale": (BF16, (3, 1))}, "row_scale is bf16[3, 1]; expected f32[3, 1]"),
     (GRADIENT, {"codes_t": (E5M2, (3, 8))}, "codes_t is f8e5m2[3, 8]; expected f8e5m2[8, 3]"),
