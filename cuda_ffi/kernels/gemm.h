@@ -18,8 +18,7 @@ namespace jfp4 {
 // *_scale_size is 1. u is [batch, m, rank], v [batch, rank, n], bias [batch, n]; rank 0 and a null
 // bias leave those out, as a null w does the slope. Accumulation is the tensor cores' own, exact
 // for E2M1 codes while partial sums stay below 4096; with `promote` every 128 products along k are
-// added up in FP32 registers instead. `counter` is scratch memory, of whatever content,
-// 8-byte aligned.
+// added up in FP32 registers instead. `counter` is scratch.
 struct Gemm {
   int64_t batch, m, n, k;
   const uint8_t* a;

@@ -24,8 +24,8 @@ __device__ __forceinline__ const uint32_t* BitsOf(const float* amax) {
 }
 
 // Returns when all magnitudes are zero, which the warp sees to whose block comes first. One warp of
-// every block calls it, once. (A kernel that does it ahead is a launch more, and outside of a graph
-// the pass takes less time than that.)
+// every block calls it, once. (Behind a kernel that does it ahead, and outside of a graph, the pass
+// waits for the host to launch it.)
 __device__ __forceinline__ void ZeroOnce(const GradientAmax& args) {
   const int lane = threadIdx.x % kWarp;
   const bool first = lane == 0 && ComesFirst(args.counter);

@@ -1,6 +1,6 @@
 // A counter in scratch memory that nobody has cleared: who comes first starts it, and who takes the
 // last number clears it for the next kernel. To have it zeroed ahead is a kernel of its own in
-// front of every product, which beside a collective takes longer than it takes to count.
+// front of every one that counts, which beside a collective takes longer than it takes to count.
 #pragma once
 
 #include <cstdint>
