@@ -176,7 +176,7 @@ inline ffi::ErrorOr<GradientAmax> GradientAmaxCall::Read(Buffer dy, Buffer col_f
   args.row_factor = check.Take<float>("row_factor", row_factor, ffi::F32, {m, 1});
   args.row_amax = check.Take<float>("row_amax", *row_amax, ffi::F32, {m, 1});
   args.col_amax = check.Take<float>("col_amax", *col_amax, ffi::F32, {1, n});
-  args.counter = check.TakeCounter("counter", *counter);
+  args.counters = check.TakeCounter("counter", *counter);
   return check.Finish(args);
 }
 

@@ -537,15 +537,15 @@ void CheckGradient(Group* group, const Setting& s, const Shape& shape, int kind,
   const Buffer codes_buffer(codes.size(), aligned), codes_t_buffer(codes_t.size(), aligned);
   const Buffer row_scale_buffer(row_scale.size() * 4), col_scale_buffer(col_scale.size() * 4);
   const Buffer own_row_amax(row_scale.size() * 4), own_col_amax(col_scale.size() * 4);
-  const Buffer counter(kCounterWords * 4);
+  const Buffer counters(batch * kCounterWords * 4);
   const QuantizeInput in = {x_buffer.As<void>(), s.type, batch, rows, cols};
-  // A second time with the counter as the first has left it.
+  // A second time with the counters as the first has left them.
   for (int i = 0; i < 2; ++i) {
     own_row_amax.Poison();
     own_col_amax.Poison();
     Check(LaunchGradientAmax(
               {in, col_factor_buffer.As<float>(), row_factor_buffer.As<float>(),
-               own_row_amax.As<float>(), own_col_amax.As<float>(), counter.As<TileCounter>()},
+               own_row_amax.As<float>(), own_col_amax.As<float>(), counters.As<TileCounter>()},
               nullptr),
           "launch");
   }

@@ -40,7 +40,8 @@ constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
 // Everything is set up once all threads have been here.
 __device__ __forceinline__ void SetUp() { NamedBarrier(0, kThreads); }
 
-// Starts the copies of a step into its stage. What lies past an edge reads as zero.
+// Starts the copies of a step into its stage, of a first, since its codes wait in shared memory for
+// b's. What lies past an edge reads as zero.
 template <int kTokens>
 __device__ __forceinline__ void CopyStep(const Params& p, const CUtensorMap& a_map,
                                          const CUtensorMap& b_map, const Work& work, int step,
@@ -48,11 +49,11 @@ __device__ __forceinline__ void CopyStep(const Params& p, const CUtensorMap& a_m
   Fixed<kTokens>& fixed = shared.fixed;
   uint8_t* stage = shared.rings + p.code_slots * kTokenCodes<kTokens> + slot * p.stage_bytes;
   const int column = (work.begin + step) * kStageRowBytes;
+  BarrierExpect(&fixed.a_full[slot], kTokenNibbles<kTokens>);
+  TensorLoad(stage, &a_map, &fixed.a_full[slot], column, work.first_token, work.batch);
   BarrierExpect(&fixed.b_full[slot], p.rows * kStageRowBytes);
   TensorLoad(stage + kTokenNibbles<kTokens>, &b_map, &fixed.b_full[slot], column, work.first_row,
              work.batch);
-  BarrierExpect(&fixed.a_full[slot], kTokenNibbles<kTokens>);
-  TensorLoad(stage, &a_map, &fixed.a_full[slot], column, work.first_token, work.batch);
 }
 
 // One thread's part before SetUp: the first copies wait for no other thread, and for no barriers
@@ -392,8 +393,10 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
     status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m, g.k / 2,
                            kTokens, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
+    // With the next step's half of 256 bytes behind it, the first step comes half as late again.
     status = MakeTensorMap(&b_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.b, g.batch, g.n, g.k / 2,
-                           plan.rows, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B);
+                           plan.rows, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
     if (status != cudaSuccess) return status;
   }
   const int64_t m_tiles = DivideUp(g.m, kTokens), n_tiles = DivideUp(g.n, plan.rows);

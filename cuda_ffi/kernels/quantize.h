@@ -60,14 +60,14 @@ cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stre
 
 // The largest magnitudes of a gradient dy for both of its products: of the rows of dy * col_factor
 // and of the columns of dy * row_factor. Their bits compare as integers: a NaN is above all. What
-// is of rows is [batch, rows], and of columns [batch, cols]. `counter` is scratch.
+// is of rows is [batch, rows], and of columns [batch, cols]. `counters`, [batch], is scratch.
 struct GradientAmax {
   QuantizeInput in;
   const float* col_factor;
   const float* row_factor;
   float* row_amax;
   float* col_amax;
-  TileCounter* counter;
+  TileCounter* counters;
 };
 cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream);
 

@@ -23,21 +23,23 @@ __device__ __forceinline__ const uint32_t* BitsOf(const float* amax) {
   return reinterpret_cast<const uint32_t*>(amax);
 }
 
-// Returns when all magnitudes are zero, which the warp sees to whose block comes first. One warp of
-// every block calls it, once. (Behind a kernel that does it ahead, and outside of a graph, the pass
-// waits for the host to launch it.)
-__device__ __forceinline__ void ZeroOnce(const GradientAmax& args) {
+// Returns when all magnitudes of a matrix are zero, which the warp sees to whose block comes first.
+// One warp of each of its blocks calls it, once. (Behind a kernel that does it ahead, and outside
+// of a graph, the pass waits for the host to launch it.)
+__device__ __forceinline__ void ZeroOnce(const GradientAmax& args, int64_t batch, uint32_t blocks) {
   const int lane = threadIdx.x % kWarp;
-  const bool first = lane == 0 && ComesFirst(args.counter);
+  TileCounter* const counter = args.counters + batch;
+  const bool first = lane == 0 && ComesFirst(counter);
   if (__any_sync(~0u, first)) {
-    const int64_t rows = args.in.batch * args.in.rows, cols = args.in.batch * args.in.cols;
-    for (int64_t i = lane; i < rows; i += kWarp) args.row_amax[i] = 0;
-    for (int64_t i = lane; i < cols; i += kWarp) args.col_amax[i] = 0;
+    float* const row_amax = args.row_amax + batch * args.in.rows;
+    float* const col_amax = args.col_amax + batch * args.in.cols;
+    for (int64_t i = lane; i < args.in.rows; i += kWarp) row_amax[i] = 0;
+    for (int64_t i = lane; i < args.in.cols; i += kWarp) col_amax[i] = 0;
     __syncwarp();
-    if (first && gridDim.x > 1) Start(args.counter);
-    if (first && gridDim.x == 1) SetState(args.counter, 0);
+    if (first && blocks > 1) Start(counter);
+    if (first && blocks == 1) SetState(counter, 0);
   } else if (lane == 0) {
-    TakeNext(args.counter, gridDim.x - 1);
+    TakeNext(counter, blocks - 1);
   }
 }
 
@@ -63,7 +65,8 @@ constexpr int kAmaxCols = kWarp * kPerVector<kType>;
 
 template <DType kType>
 __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
-    GradientAmaxKernel(const __grid_constant__ GradientAmax args, const int warp_rows) {
+    GradientAmaxKernel(const __grid_constant__ GradientAmax args, const int warp_rows,
+                       const uint32_t matrix_blocks) {
   constexpr int kElements = kPerVector<kType>, kCols = kAmaxCols<kType>;
   static_assert(kWarp % kInFlight == 0 && kCols <= kTileThreads);
   __shared__ uint32_t of_rows[kAmaxWarps * kAmaxMostRows], of_cols[kAmaxWarps][kCols];
@@ -82,7 +85,7 @@ __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
   float col_factor[kElements] = {}, largest[kElements] = {};
   if (inside) LoadFactors(args.col_factor + first_col + col, col_factor);
 
-  if (warp == 0) ZeroOnce(args);
+  if (warp == 0) ZeroOnce(args, at.batch, matrix_blocks);
   // A lane has the factor of a row, and in the end its largest magnitude.
 #pragma unroll 1
   for (int done = 0; done < rows; done += kWarp) {
@@ -129,8 +132,9 @@ __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
   }
 }
 
+// Blocks of a matrix.
 int64_t AmaxBlocks(const QuantizeInput& in, int rows, int cols) {
-  return in.batch * CeilDiv(in.rows, rows) * CeilDiv(in.cols, cols);
+  return CeilDiv(in.rows, rows) * CeilDiv(in.cols, cols);
 }
 
 // Rows of a warp, so that all blocks come in as few turns as their rows are worth.
@@ -143,7 +147,7 @@ cudaError_t ChooseAmaxRows(const QuantizeInput& in, int cols, int* warp_rows) {
   if (error != cudaSuccess) return error;
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int rows = kInFlight; rows <= kAmaxMostRows; rows += kInFlight) {
-    const int64_t blocks = AmaxBlocks(in, kAmaxWarps * rows, cols);
+    const int64_t blocks = in.batch * AmaxBlocks(in, kAmaxWarps * rows, cols);
     const int64_t cost = CeilDiv(blocks, kAmaxBlocks * multiprocessors) * (rows + kBegin);
     if (cost >= least) continue;
     least = cost;
@@ -156,14 +160,14 @@ cudaError_t ChooseAmaxRows(const QuantizeInput& in, int cols, int* warp_rows) {
 constexpr int kAnyAmaxRows = 128;
 
 __global__ void __launch_bounds__(kTileThreads)
-    AnyGradientAmaxKernel(const __grid_constant__ GradientAmax args) {
+    AnyGradientAmaxKernel(const __grid_constant__ GradientAmax args, const uint32_t matrix_blocks) {
   const Place at(blockIdx.x, args.in.rows, args.in.cols, kAnyAmaxRows, kWarp);
   const int lane = threadIdx.x % kWarp;
   uint32_t* const row_amax = BitsOf(args.row_amax) + at.batch * args.in.rows;
   uint32_t* const col_amax = BitsOf(args.col_amax) + at.batch * args.in.cols;
   const int64_t col = at.first_col + lane;
   float largest = 0;
-  if (threadIdx.x < kWarp) ZeroOnce(args);
+  if (threadIdx.x < kWarp) ZeroOnce(args, at.batch, matrix_blocks);
   __syncthreads();
   for (int i = threadIdx.x / kWarp; i < at.rows; i += kTileThreads / kWarp) {
     const int64_t row = at.first_row + i, slice = at.batch * args.in.rows + row;
@@ -310,16 +314,17 @@ cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream) {
     return cudaMemsetAsync(args.col_amax, 0, in.batch * in.cols * sizeof(float), stream);
   }
   if (!TakesVectors(in, args.col_factor, nullptr)) {
-    return Launch(AnyGradientAmaxKernel, AmaxBlocks(in, kAnyAmaxRows, kWarp), kTileThreads, stream,
-                  args);
+    const int64_t blocks = AmaxBlocks(in, kAnyAmaxRows, kWarp);
+    return Launch(AnyGradientAmaxKernel, in.batch * blocks, kTileThreads, stream, args, blocks);
   }
   return WithType(in.type, [&](auto type) {
     constexpr int kCols = kAmaxCols<type()>;
     int warp_rows = 0;
     const cudaError_t error = ChooseAmaxRows(in, kCols, &warp_rows);
     if (error != cudaSuccess) return error;
-    return Launch(GradientAmaxKernel<type()>, AmaxBlocks(in, kAmaxWarps * warp_rows, kCols),
-                  kTileThreads, stream, args, warp_rows);
+    const int64_t blocks = AmaxBlocks(in, kAmaxWarps * warp_rows, kCols);
+    return Launch(GradientAmaxKernel<type()>, in.batch * blocks, kTileThreads, stream, args,
+                  warp_rows, blocks);
   });
 }
 
