@@ -393,7 +393,8 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
     status = MakeTensorMap(&a_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.a, g.batch, g.m, g.k / 2,
                            kTokens, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
-    // With the next step's half of 256 bytes behind it, the first step comes half as late again.
+    // L2 fetches a step's share of a row: with the next one's as well, the first comes no sooner
+    // than the second.
     status = MakeTensorMap(&b_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, g.b, g.batch, g.n, g.k / 2,
                            plan.rows, kStageRowBytes, CU_TENSOR_MAP_SWIZZLE_128B,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
