@@ -99,7 +99,7 @@ def document(
     )
     return f"""# Results
 
-Written by `python -m benchmarks.report` from `benchmarks/results/`; no number here is typed.
+Written by `python -m benchmarks.report` from `benchmarks/results/`; no measurement here is typed.
 
 ## What each part of the method costs and brings
 

@@ -261,8 +261,10 @@ Where fp4's time goes, forward and backward, in milliseconds:
 ![fp4's time by kind of kernel, over BF16's](kernels.png)
 
 {markdown(["m x k x n", *kinds], breakdown)}"""
-    if r.get("float32 weights"):
-        text += f"\n\nWith float32 weights:\n\n{_milliseconds(r['float32 weights'])}"
+    of_float32 = r.get("float32 weights", [])
+    for forward, what in ((True, "forward"), (False, "forward and backward")):
+        if lines := [line for line in of_float32 if line["forward"] == forward]:
+            text += f"\n\nWith float32 weights, {what}:\n\n{_milliseconds(lines)}"
     return text
 
 

@@ -48,6 +48,9 @@ class AdamW:
         first: format of the first moment; see ``jfp4.optim.scale_by_adam``.
         second: format of the second moment's root.
         seed: rounds the moments stochastically; None rounds them to nearest.
+
+    Raises:
+        ValueError: a rate of decay, ``eps``, ``weight_decay`` or ``clip_norm`` is out of range.
     """
 
     learning_rate: float | optax.Schedule
@@ -60,6 +63,17 @@ class AdamW:
     first: str = "e4m3"
     second: str = "float16"
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 0 <= {name} < 1")
+        if not self.eps > 0:
+            raise ValueError(f"eps={self.eps}; expected a positive number")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay}; expected 0 or more")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm={self.clip_norm}; expected a positive number, or None")
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         """The chain; its state is optax's ``ApplyIfFiniteState``.
@@ -108,6 +122,14 @@ class AdamW:
             step: likewise.
             shardings: a tree of NamedSharding, where each of ``stored`` lies; gradients and moments
                 are moved there. Of automatic axes the kernel needs it, since arrays do not say.
+
+        Returns:
+            What is stored and the state after the step, and the global norm of the scaled gradient
+            before it is clipped.
+
+        Raises:
+            ValueError: ``grads`` is another tree than ``stored``, or a gradient is not of its
+                parameter's shape; an unknown format of a moment.
 
         Warns:
             UserWarning: the kernel serves, but not this leaf: nothing says where it lies, or its

@@ -33,8 +33,9 @@ class Linear(nnx.Linear):
     """``nnx.Linear`` whose products are quantised by a recipe.
 
     In training every call calibrates from its own input and updates a running calibration; after
-    ``model.eval()`` the running one is used, so that a token's result does not depend on the
-    tokens it comes with. A layer that has never been trained clamps and shifts nothing then.
+    ``model.eval()`` the running one is used, so that, with a scale a token, a token's result does
+    not depend on the tokens it comes with. A layer that has never been trained clamps and shifts
+    nothing then.
 
     Takes the arguments of ``nnx.Linear``; ``dtype`` is the compute dtype, and the kernel is
     quantised from its own dtype without a cast in between.
@@ -157,7 +158,8 @@ def convert(
 
     Every ``nnx.Linear`` (and every layer converted before) becomes a ``jfp4.nn.Linear``: the same
     object with the same parameters, so that references, sharing and optimizers stay valid.
-    Subclasses of ``nnx.Linear`` other than jfp4's own are left alone.
+    Subclasses of ``nnx.Linear`` other than jfp4's own are left alone. Layers that were no
+    ``jfp4.nn.Linear`` train from then on: call ``model.eval()`` after this, not before.
 
     Args:
         model: any NNX module, a single layer included.

@@ -239,7 +239,12 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
     """``optax.clip_by_global_norm`` that can be told the norm, by the argument ``grad_norm``.
 
     So it can be applied to a part of the gradient, of which the norm would be another.
+
+    Raises:
+        ValueError: ``max_norm`` is not positive.
     """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm}; expected a positive number")
 
     def update(
         updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any

@@ -163,10 +163,15 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     """Returns a preset by name, or the recipe itself.
 
     Raises:
+        TypeError: neither a name nor a recipe.
         ValueError: no preset has this name; near names are given.
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, str):
+        raise TypeError(
+            f"recipe is {type(recipe).__name__}; expected a Recipe or one of {', '.join(RECIPES)}"
+        )
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, n=2, cutoff=0.4)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -12,6 +12,7 @@ from jfp4 import master
 from jfp4.adamw import AdamW
 from jfp4.ops import ffi
 from jfp4.ops.slices import Slices
+from jfp4.optim import clip_by_norm
 
 PARAMS = {
     "stack": np.random.default_rng(0).normal(size=(5, 3, 256)).astype(np.float32),
@@ -173,6 +174,18 @@ def test_float32_moments_are_so_whatever_the_parameters_are(dtype):
 def test_unknown_formats_are_named():
     with pytest.raises(ValueError, match="first='fp8' is unknown; expected one of e4m3"):
         AdamW(0.1, first="fp8").init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"b1": 1.0}, {"b2": -0.1}, {"eps": 0.0}, {"weight_decay": -1.0}, {"clip_norm": 0.0}],
+)
+def test_what_would_turn_or_stop_every_step_is_refused(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(ValueError, match=f"^{name}={value}; expected "):
+        AdamW(0.1, **fields)
+    with pytest.raises(ValueError, match="max_norm=-1; expected a positive number"):
+        clip_by_norm(-1)
 
 
 @pytest.mark.parametrize("sliced", [False, True])

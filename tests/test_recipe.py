@@ -109,6 +109,12 @@ def test_get_recipe():
     assert get_recipe("fp4_cast") is RECIPES["fp4_cast"]
 
 
+@pytest.mark.parametrize("recipe", [None, 4])
+def test_what_is_neither_a_name_nor_a_recipe(recipe):
+    with pytest.raises(TypeError, match=f"recipe is {type(recipe).__name__}; expected a Recipe or"):
+        get_recipe(recipe)
+
+
 @pytest.mark.parametrize(("name", "near"), [("fp4cast", "fp4_cast"), ("bf61", "bf16"), ("FP8", "")])
 def test_unknown_recipe_offers_near_names(name, near):
     with pytest.raises(ValueError, match=f"recipe='{name}' is unknown") as error:

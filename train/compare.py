@@ -22,10 +22,11 @@ from rich.table import Table
 from train.config import parse_flags, report_error
 from train.errors import UserError
 from train.plot import save_loss_plot
+from train.rundir import FREE_OF_MODEL
 
 PROGRAM = "python -m train.compare"
 _UNKNOWN = "—"
-_SAME_MODEL = ("scan_layers", "remat", "attention")  # How it is computed, not what.
+_SAME_MODEL = ("scan_layers", *FREE_OF_MODEL)  # How it is computed, not what.
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ def differing_fields(runs: Sequence[RunSummary]) -> list[str]:
             f"{run.config['batch_size']} x {run.config['seq_len']}" for run in runs
         ],
         "steps": [_steps(run) for run in runs],
+        "lr": [str(run.config.get("lr")) for run in runs],
+        "optimizer": [_optimizer(run, runs) for run in runs],
         "step of the last evaluation": [str(run.valid_step) for run in runs],
         "eval_batches": [str(run.config.get("eval_batches")) for run in runs],
         "model": [_model(run, runs) for run in runs],
@@ -294,13 +297,24 @@ def _model(run: RunSummary, runs: Sequence[RunSummary]) -> str:
         for other in runs
         if other.config["model"] == run.config["model"]
     ]
-    own = run.config.get("llama", {})
-    overridden = [
+    overridden = _differing(run.config.get("llama", {}), fields, _SAME_MODEL)
+    return " ".join([run.config["model"], *overridden])
+
+
+def _optimizer(run: RunSummary, runs: Sequence[RunSummary]) -> str:
+    fields = [other.config.get("optimizer", {}) for other in runs]
+    own = run.config.get("optimizer", {})
+    return " ".join(_differing(own, fields, ("accumulation",)))
+
+
+def _differing(
+    own: dict[str, Any], of_all: Sequence[dict[str, Any]], of_no_account: Sequence[str]
+) -> list[str]:
+    return [
         f"{key}={value}"
         for key, value in sorted(own.items())
-        if key not in _SAME_MODEL and any(other.get(key) != value for other in fields)
+        if key not in of_no_account and any(other.get(key) != value for other in of_all)
     ]
-    return " ".join([run.config["model"], *overridden])
 
 
 def _format(value: float | None, spec: str) -> str:

@@ -338,6 +338,8 @@ def flags_of(file: Path) -> list[str]:
     except ValueError as error:
         raise UserError(f"--config={file} is not TOML ({error})") from None
     flags = []
+    if "config" in values:
+        raise UserError(f"--config={file}: it names another, {values['config']}; expected flags")
     for name, value in values.items():
         if not isinstance(value, str | int | float):
             raise UserError(

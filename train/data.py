@@ -32,8 +32,8 @@ class Corpus:
         train: Ids of the training documents, each followed by the tokenizer's eod.
         valid: Ids of the validation documents, likewise.
         tokenizer: What made the ids.
-        fingerprint: SHA-256 in hexadecimal of the tokenizer and all the ids; a run is resumed
-            only on data with the fingerprint it began with.
+        fingerprint: SHA-256 in hexadecimal of the tokenizer and all the ids, shard by shard; a run
+            is resumed only on data with the fingerprint it began with.
     """
 
     train: Tokens

@@ -21,7 +21,7 @@ from train.data import Corpus
 from train.errors import UserError
 from train.metrics import Mute, ProgressLine, RunLog, set_aside
 from train.plan import peak_bytes
-from train.profile import Profile
+from train.profile import WARM_UP, Profile
 from train.step import Trainer, TrainState
 
 
@@ -144,6 +144,8 @@ class _Run:
                 if evaluate or save or measure:
                     clock = time.perf_counter()  # a step's time is the step's alone
             self._say_traced(self.profile.end(state))
+            if self.profile.missed:
+                self.line.say(f"warning: nothing traced: that begins after {WARM_UP} steps")
             stopped = bool(interrupted) and step < c.steps
             self._report(pending, clock, None)
             self.log.flush()

@@ -101,7 +101,10 @@ def _run(config: TrainConfig) -> int:
             served = ffi.backends()
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from None
-    trainer = Trainer(config, placed)
+    try:
+        trainer = Trainer(config, placed)
+    except ValueError as error:  # flags that are right by themselves and do not go together
+        raise UserError(str(error)) from None
     if config.plan:
         planned, step_fn = plan.make_plan(trainer)
         if processes.is_first():

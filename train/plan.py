@@ -267,11 +267,12 @@ def estimated_activations(config: TrainConfig) -> int:
     chunk's logits with their gradient, or all of a head that is quantised.
     """
     model, n = config.llama, config.optimizer.accumulation
-    # With another microbatch weights are prepared, as they are where remat reads them again.
+    # With a second microbatch weights are prepared, as they are where remat reads them again.
+    several = max(n, 2)
     another = dataclasses.replace(
         config,
-        batch_size=config.batch_size // n * (n + 1),
-        optimizer=dataclasses.replace(config.optimizer, accumulation=n + 1),
+        batch_size=config.batch_size // n * several,
+        optimizer=dataclasses.replace(config.optimizer, accumulation=several),
     )
     bare = dataclasses.replace(model, remat="none")
     one, two = (

@@ -44,6 +44,11 @@ class Profile:
             self._tracing = True
         return self.end(state) if self._done == WARM_UP + self.steps else 0
 
+    @property
+    def missed(self) -> bool:
+        """Whether steps are to be traced of which none has been done."""
+        return self.steps > 0 and self._done <= WARM_UP
+
     def end(self, state: Any) -> int:
         """Ends the trace if it is going on; returns as ``step`` does."""
         if not self._tracing:

@@ -24,7 +24,7 @@ struct AdamWCall {
         .template Arg<Buffer>()  // first_exponents: u8 [..., n / block], or of 0 columns
         .template Arg<Buffer>()  // second: likewise, f16 or f32
         .template Arg<Buffer>()  // second_exponents
-        .template Arg<Buffer>()  // rates: f32 [6], see AdamW::Rates
+        .template Arg<Buffer>()  // rates: f32 [5], see AdamW::Rates
         .template Arg<Buffer>()  // keys: u32 [slices, 4], see AdamW::Keys
         .RemainingArgs()         // grad: as param in one, or as many as divide its slices
         .template Ret<Buffer>()  // param, in the operand's own memory, as are the others
@@ -67,6 +67,7 @@ inline ffi::ErrorOr<AdamWParts> AdamWCall::Read(
     return check.Finish(parts);
   }
   args.n = check.dim(rank - 1);
+  if (args.n == 0) return check.Finish(parts);  // the check has refused it
   args.slices = keys.dimensions().size() == 2 ? keys.dimensions()[0] : 0;
   const int64_t rows = static_cast<int64_t>(param.element_count()) / std::max<int64_t>(args.n, 1);
   if (args.slices == 0 || rows % args.slices != 0) {

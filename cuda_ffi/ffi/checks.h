@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cuda_ffi/kernels/types.h"
@@ -167,7 +168,9 @@ class Checker {
 
   void Refuse(const char* name, Buffer buffer, const std::string& expected) {
     std::string text = std::string(name) + " is " + Describe(buffer) + "; expected " + expected;
-    if (name != lead_name_) text += ", beside " + std::string(lead_name_) + " " + Describe(lead_);
+    if (std::string_view(name) != lead_name_) {
+      text += ", beside " + std::string(lead_name_) + " " + Describe(lead_);
+    }
     Refuse(text);
   }
 

@@ -136,10 +136,8 @@ struct Epilogue {
     if (g.rank > 0) {
       const float* u = g.u + (batch * g.m + row) * g.rank;
       const float* v = g.v + batch * g.rank * g.n + col;
-      for (int64_t c = 0; c < count; ++c) {
-        float term = 0;
-        for (int64_t r = 0; r < g.rank; ++r) term += u[r] * v[r * g.n + c];
-        sums[c] += term;
+      for (int64_t r = 0; r < g.rank; ++r) {
+        for (int64_t c = 0; c < count; ++c) sums[c] += u[r] * v[r * g.n + c];
       }
     }
     if (g.bias != nullptr) {

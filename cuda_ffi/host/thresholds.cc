@@ -31,7 +31,7 @@ void Select(const Thresholds& args, int64_t batch) {
     return any_nan ? std::nanf("") : FromBits(static_cast<uint32_t>(Flip(keys[rank])));
   };
   args.lo[batch] = at(args.low_rank, 0);
-  args.hi[batch] = at(args.high_rank, std::min(args.low_rank, args.high_rank));
+  args.hi[batch] = at(args.high_rank, args.high_rank < args.low_rank ? 0 : args.low_rank);
 }
 
 void RunThresholds(const Thresholds& args, ffi::ThreadPool pool) {

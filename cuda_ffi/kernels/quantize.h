@@ -9,10 +9,11 @@
 
 namespace jfp4 {
 
-// Inputs are `batch` contiguous row-major matrices [rows, cols]. Any output pointer may be null:
-// that output is not written. `codes` is [batch, rows, cols], `codes_t` its transpose [batch, cols,
-// rows]. An `amax_floor` is what the largest magnitude of each row or column is at least, of the
-// scale's shape, its sign bit clear: of a part of a matrix, the whole's. Null is zeros.
+// Inputs are `batch` contiguous row-major matrices [rows, cols]. `codes` is [batch, rows, cols],
+// `codes_t` its transpose [batch, cols, rows]; of rows and of columns, codes of any kind may be
+// null and are not written then. An `amax_floor` is what the largest magnitude of each row or
+// column is at least, of the scale's shape, its sign bit clear: of a part of a matrix, the whole's.
+// Null is zeros.
 struct QuantizeInput {
   const void* x;
   DType type;
@@ -43,8 +44,8 @@ struct QuantizeRows {
 cudaError_t LaunchQuantizeRows(const QuantizeRows& args, cudaStream_t stream);
 
 // One scale a column, [batch, cols]. `packed_t`, [batch, cols, ceil(rows / 2)], is packed along the
-// rows, which is how a weight [k, n] is stored for its product. `amax` is scratch,
-// [batch, cols].
+// rows, which is how a weight [k, n] is stored for its product. `amax` is scratch, [batch, cols]:
+// for magnitudes, or for a TileCounter.
 struct QuantizeColumns {
   QuantizeInput in;
   Outliers outliers;

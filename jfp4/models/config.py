@@ -1,6 +1,7 @@
 """LlamaConfig and the named sizes."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from jfp4.recipe import check_choices
@@ -54,7 +55,8 @@ class LlamaConfig:
     """Most tokens whose logits stand at a time in training; None: as many as take 1 GiB."""
 
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention implementation; auto is cudnn on a GPU but for float32, and xla elsewhere."""
+    """Attention implementation; auto is cudnn on a GPU, but for float32 and heads of more than 128
+    dimensions or a number that 8 does not divide, and xla elsewhere."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -65,6 +67,9 @@ class LlamaConfig:
                 raise ValueError(f"{field}={getattr(self, field)}; expected a positive number")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(f"loss_chunk={self.loss_chunk}; expected a positive number or None")
+        for field in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"{field}={getattr(self, field)}; expected a positive number")
         if self.embed_dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"embed_dim={self.embed_dim} and num_heads={self.num_heads}; expected an even "

@@ -369,7 +369,9 @@ def attention_implementation(config: LlamaConfig) -> Literal["xla", "cudnn"]:
     """What ``config.attention`` means on the default device."""
     if config.attention != "auto":
         return config.attention
-    cudnn = jax.default_backend() == "gpu" and config.dtype != "float32"
+    # cuDNN's heads, on every GPU that has its attention.
+    fits = config.head_dim % 8 == 0 and config.head_dim <= 128
+    cudnn = jax.default_backend() == "gpu" and config.dtype != "float32" and fits
     return "cudnn" if cudnn else "xla"
 
 

@@ -15,8 +15,9 @@ from jfp4.recipe import Recipe, get_recipe
 class Calibration:
     """Statistics over tokens: taken from the tensor itself in training, kept for evaluation.
 
-    They are all that lets one token's result depend on another's, so a layer that is handed the
-    same calibration gives every token the same result in whatever company it comes.
+    With a scale a token they are all that lets one token's result depend on another's, so a layer
+    that is handed the same calibration gives every token the same result in whatever company it
+    comes.
 
     Attributes:
         lo: lower clamp threshold in units of ``x - mean``; None if the recipe does not clamp.
@@ -33,10 +34,18 @@ def calibrate(x: Float[Array, "m k"], recipe: str | Recipe) -> Calibration:
     """Takes from ``x`` what the recipe's activation quantiser needs; treated as constant.
 
     Args:
-        x: activations, a token a row.
+        x: activations, a token a row, of any float dtype.
         recipe: decides which statistics are needed; the others are None.
+
+    Returns:
+        The statistics, float32.
+
+    Raises:
+        ValueError: ``x`` is not a matrix, or the recipe is unknown; and as ``thresholds`` does.
     """
     recipe = get_recipe(recipe)
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}; expected [m, k], a token a row")
     x = jax.lax.stop_gradient(x)
     lo = hi = mean = None
     if recipe.x_shift == "mean":

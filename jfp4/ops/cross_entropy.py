@@ -42,8 +42,8 @@ def cross_entropy(
         ValueError: shapes that do not fit, no tokens, targets that are no integers, or a chunk that
             is not positive.
     """
-    t = x.shape[0]
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0] or targets.shape != (t,) or t == 0:
+    fit = x.ndim == w.ndim == 2 and x.shape[1] == w.shape[0] and targets.shape == x.shape[:1]
+    if not fit or x.shape[0] == 0:
         raise ValueError(
             f"x has shape {x.shape}, w {w.shape} and targets {targets.shape}; expected [t, d], "
             "[d, v] and [t], t > 0"
@@ -51,7 +51,7 @@ def cross_entropy(
     _check_integers(targets)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}; expected a positive number of tokens, or None")
-    return _mean(chunk_size(t, w.shape[1], chunk), x, w, targets)
+    return _mean(chunk_size(x.shape[0], w.shape[1], chunk), x, w, targets)
 
 
 def cross_entropy_of_logits(

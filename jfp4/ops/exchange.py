@@ -6,7 +6,7 @@ are quantised once more and gathered. So no sum is ever taken in eight bits, and
 half of what BF16 would send, and the scales (FP8 gradient communication: arXiv 2310.18313,
 section 2.1, after which arXiv 2501.17116, section 4.1, trains).
 
-An element that is quantised is off by at most ``2**-4`` of itself, and at least by no more than
+An element that is quantised is off by at most ``2**-4`` of itself or, where that is more, by
 ``2**-10`` of its row's scale, which is the largest magnitude of the row over 448.
 """
 

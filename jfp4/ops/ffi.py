@@ -172,25 +172,25 @@ def backends() -> Backends:
 
     On a CPU that is XLA unless the host path is asked for. Scales of whole tensors, shifts, the
     estimator's slope by itself and norms of more than 8,192 columns have no kernels: XLA computes
-    them always. In the product that it
-    multiplies the slope has one, of E2M1 with k above 1, unless fsdp divides or FP8 makes the sum.
+    them always. As a factor of a product, in its epilogue, E2M1's slope with k above 1 has one,
+    unless fsdp divides the product or its sum is made in FP8.
 
     Raises:
-        RuntimeError: the path asked for (``backend``) is missing.
+        RuntimeError: the path asked for (``backend``) is missing, or cannot serve on this mesh.
     """
     platform = jax.default_backend()
     if platform == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower():
         platform = "cuda"
-    return Backends(platform, {name: _served(platform, name) for name in OPERATIONS})
+    return Backends(platform, dict.fromkeys(OPERATIONS, _served(platform)))
 
 
-def _served(platform: str, operation: str) -> Served:
+def _served(platform: str) -> Served:
     asked = _asked_for()
     if asked == "xla":
         return Served("xla", "asked for")
     if asked == "auto" and platform != "cuda":
         return Served("xla")
-    if why := partition.unfit():
+    if why := _unfit():
         return Served("xla", why)
     if asked != "auto":
         return Served(asked, "asked for")
@@ -203,6 +203,14 @@ def _asked_for() -> Backend:
     if asked in ("host", "cuda") and (why := missing(asked)):
         raise RuntimeError(f"the backend asked for, {asked!r}, is missing: {why}")
     return asked
+
+
+def _unfit() -> str | None:
+    """Why kernels cannot serve on this mesh, if so; an error where they are asked for."""
+    why = partition.unfit()
+    if why and (asked := _asked_for()) != "auto":
+        raise RuntimeError(f"the backend asked for, {asked!r}, cannot serve: {why}")
+    return why
 
 
 def kernel_platforms() -> tuple[str, ...]:
@@ -234,12 +242,10 @@ def dispatch(
             Without one ``kernel`` sees to it that it is not given what is divided.
 
     Raises:
-        RuntimeError: the path asked for is missing.
+        RuntimeError: the path asked for is missing, or cannot serve on this mesh.
     """
     platforms = kernel_platforms()
-    if platforms and (why := partition.unfit()):
-        if _asked.value != "auto":
-            raise RuntimeError(f"the backend asked for, {_asked.value!r}, cannot serve: {why}")
+    if platforms and _unfit():
         platforms = ()
     if rule is not None:
         kernel, xla = partition.divided(kernel, rule), partition.divided(xla, rule)

@@ -88,8 +88,8 @@ def gemm(
     Raises:
         TypeError: ``a`` or ``b`` is neither a QTensor nor a PackedQTensor.
         ValueError: an operand is not a matrix, the contraction axes differ in length, a scale
-            varies along the contraction, codes are packed along another axis, or ``bias`` is not
-            of length n.
+            varies along the contraction, a scale or shift is of another shape than its codes ask
+            for, codes are packed along another axis, or ``bias`` is not of length n.
     """
     _check_operands(a, b, bias)
     if slope is not None and not slope.has_kernel:
@@ -116,8 +116,8 @@ def gemm(
         """What XLA makes of the sums of codes."""
         u, v, bias, w, w_scale = added
         y = sums * a_scale * b_scale
-        if u is not None:
-            y = y + jnp.matmul(u, v, precision=lax.Precision.HIGHEST)
+        for r in range(0 if u is None else u.shape[1]):  # one by one, as kernels add them
+            y = y + jnp.matmul(u[:, r : r + 1], v[r : r + 1], precision=lax.Precision.HIGHEST)
         if bias is not None:
             y = y + bias
         if slope is not None:
@@ -315,10 +315,16 @@ def _check_operands(
                 f"{name} has shape {q.shape} and is packed along axis {q.axis}; expected the "
                 f"contraction, axis {contraction}"
             )
-        if q.scale.ndim != 2 or q.scale.shape[contraction] != 1:
+        other = q.shape[1 - contraction]
+        if q.scale.shape not in ((1, 1), (other, 1) if contraction == 1 else (1, other)):
             raise ValueError(
                 f"{name} has codes {q.shape} and scale {q.scale.shape}; expected a scale of size 1 "
-                f"along the contraction, axis {contraction}"
+                f"along the contraction, axis {contraction}, and 1 or {other} along the other"
+            )
+        if q.shift is not None and q.shift.shape not in ((1, 1), (q.shape[0], 1), (1, q.shape[1])):
+            raise ValueError(
+                f"{name} has codes {q.shape} and shift {q.shift.shape}; expected a shift of size 1 "
+                "along one axis, and 1 or as many as codes along the other"
             )
     if a.shape[1] != b.shape[0]:
         raise ValueError(

@@ -80,7 +80,7 @@ def linear(
         bias: added after the product, in float32; in ``x``'s dtype by a recipe that quantises
             nothing.
         calibration: clamp thresholds and mean to use in place of ``x``'s own (``calibrate``); with
-            them each token's result is independent of the others.
+            them, and a scale a token, each token's result is independent of the others.
         prepared: what ``prepare(w, recipe)`` gave, to use in place of quantising ``w`` here. The
             gradient flows to ``w`` all the same, whose values before rounding the estimator reads.
 

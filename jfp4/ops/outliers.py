@@ -30,8 +30,9 @@ def thresholds(
 
     Of n sorted elements these are the ones at ranks ``n - ceil(alpha n)`` and
     ``ceil(alpha n) - 1``, so that at most a share ``1 - alpha`` lies beyond each. The elements are
-    found exactly by a binary search over the bits of their keys (a radix selection), which reads
-    the tensor 16 times for 16-bit inputs and 32 for 32-bit ones where a sort would move it.
+    found exactly by a binary search over the bits of their keys (a radix selection). XLA reads
+    them 16 times for that, or 32 if they have 32 bits, where a sort would move them; kernels keep a
+    sample in registers.
 
     Args:
         x: any float dtype, any shape.
@@ -45,7 +46,8 @@ def thresholds(
 
     Raises:
         TypeError: ``x`` is not an array of floats.
-        ValueError: ``alpha`` or ``sample`` is out of range, or ``x`` is empty.
+        ValueError: ``alpha`` or ``sample`` is out of range, or ``x`` is empty, or 2**31 elements or
+            more would be looked at.
     """
     check_float(x)
     check_occ(alpha, sample)
@@ -54,6 +56,11 @@ def thresholds(
     x = kernel_input(jnp.asarray(x))
     stride = 1 if sample is None else sample_stride(x.shape, sample)
     count = -(-x.size // stride) if sample is None else min(-(-x.size // stride), sample)
+    if count >= 2**31:  # counts of elements are int32
+        raise ValueError(
+            f"x has shape {x.shape} and sample is {sample}; expected fewer than 2**31 elements to "
+            "look at: set sample"
+        )
     high = min(max(math.ceil(alpha * count - 1e-9) - 1, 0), count - 1)
     ranks = (count - 1 - high, high)
     # A row of it is a row of x; anything else about its shape is of no account.

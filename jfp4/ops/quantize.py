@@ -105,8 +105,8 @@ def quantize_gradient(
     """Quantises ``dy * col_factor`` with a scale a row and ``dy * row_factor`` with one a column.
 
     These are what a linear layer's dgrad and wgrad contract over columns and over rows; the
-    products with the factors are rounded to float32. Where no kernel serves, the codes come in
-    bfloat16: they are multiplied at once, and CPUs, which have no float8, are spared the detour.
+    products with the factors are rounded to float32. Where no platform has kernels, the codes come
+    in bfloat16: they are multiplied at once, and CPUs, which have no float8, are spared the detour.
     """
     served = bool(ffi.kernel_platforms()) and dy.size > 0
     carrier = get_format(format).dtype if served else jnp.bfloat16

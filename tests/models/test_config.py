@@ -16,6 +16,13 @@ def test_sizes_are_positive(field, value):
         LlamaConfig(**{field: value})
 
 
+@pytest.mark.parametrize("field", ["rope_theta", "norm_eps"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_bases_are_positive(field, value):
+    with pytest.raises(ValueError, match=f"^{field}={value}; expected a positive"):
+        LlamaConfig(**{field: value})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -320,6 +320,9 @@ def test_attention_implementation(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert attention_implementation(narrow) == "cudnn"
     assert attention_implementation(TINY) == "xla"
+    for width in (12, 136):  # of a head: cuDNN's are multiples of 8, up to 128
+        other = change(narrow, embed_dim=width * narrow.num_heads)
+        assert attention_implementation(other) == "xla"
 
 
 # ------------------------------------------------------------------------- scan, remat, states

@@ -67,3 +67,8 @@ def test_nan_reaches_the_thresholds():
     x[0, 0] = np.nan
     c = calibrate(x, RECIPES["clamp"])
     assert np.isnan(c.lo) and np.isnan(c.hi)
+
+
+def test_tokens_are_rows():
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3, 48\); expected \[m, k\]"):
+        calibrate(np.ones((2, 3, 48), np.float32), "fp4")

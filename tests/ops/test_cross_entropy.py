@@ -149,7 +149,8 @@ def test_sizes_of_chunks():
 
 
 def test_errors_name_the_argument():
-    for arguments in ((X[:, 1:], W, TARGETS), (X, W, TARGETS[1:]), (X[:0], W, TARGETS[:0])):
+    wrong = ((X[:, 1:], W, TARGETS), (X, W, TARGETS[1:]), (X[:0], W, TARGETS[:0]))
+    for arguments in (*wrong, (X[0, 0], W, TARGETS), (X[0], W, TARGETS)):
         with pytest.raises(ValueError, match=r"x has shape .*expected \[t, d\]"):
             cross_entropy(*arguments)
     with pytest.raises(ValueError, match="chunk=0; expected a positive"):

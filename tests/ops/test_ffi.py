@@ -5,6 +5,7 @@ What the CUDA targets compute is tested in tests/gpu; the checks of their buffer
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -364,9 +365,40 @@ def test_rank_terms_and_bias(rank):
         bias=jnp.asarray(bias),
         out_dtype=jnp.float32,
     )
-    exact = exact_sums(a, b) + u.astype(np.float64) @ v + bias
-    terms = np.abs(exact_sums(a, b)) + np.abs(u).astype(np.float64) @ np.abs(v) + np.abs(bias)
-    assert np.all(np.abs(y - exact) <= (rank + 3) * 2.0**-24 * terms)
+    expected = exact_sums(a, b).astype(np.float32)
+    for r in range(rank):
+        expected = expected + u[:, r : r + 1] * v[r : r + 1]
+    np.testing.assert_array_equal(y, expected + bias)
+
+
+@built
+@pytest.mark.parametrize("path", ["host", "xla"])
+def test_terms_of_two_shifts_are_added_in_turn(path):
+    a, b = codes_of(18, (24, 40), "e2m1"), codes_of(19, (40, 9), "e2m1")
+    of_a, of_b = gaussian(20, 24, 1), np.rint(8 * gaussian(21, 1, 9)) / 8  # these sum up exactly
+    with jfp4.backend(path):
+        y = jax.jit(gemm)(
+            dataclasses.replace(a, shift=jnp.asarray(of_a)),
+            dataclasses.replace(b, shift=jnp.asarray(of_b)),
+        )
+    columns = np.sum(np.float32(b.codes), axis=0, keepdims=True) + 40 * of_b
+    rows = np.sum(np.float32(a.codes), axis=1, keepdims=True)
+    sums = exact_sums(a, b).astype(np.float32)
+    in_turn = (sums + of_a * columns) + rows * of_b
+    assert np.any(in_turn != sums + (of_a * columns + rows * of_b))
+    np.testing.assert_array_equal(y, in_turn)
+
+
+@built
+@by_dtype
+def test_order_statistics_in_any_order_of_ranks(dtype):
+    x = gaussian(19, 3, 40).astype(DTYPES[dtype])
+    for ranks in itertools.product((0, 5, 19, 39), repeat=2):
+        got = ffi.thresholds(
+            jnp.asarray(x), stride=1, count=40, low_rank=ranks[0], high_rank=ranks[1]
+        )
+        expected = np.sort(x.astype(np.float32), axis=1)[:, ranks].T
+        np.testing.assert_array_equal(got, expected)
 
 
 @built

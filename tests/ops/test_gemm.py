@@ -1,5 +1,6 @@
 """Sums over codes exactly, then scales, shifts and bias in float32."""
 
+import dataclasses
 import functools
 
 import jax
@@ -231,6 +232,12 @@ def test_errors_name_the_operand_and_the_shapes():
         gemm(quantized(gaussian(24, 4, 8), 0), b)
     with pytest.raises(ValueError, match=r"b has codes \(8, 5\) and scale \(8, 1\).*axis 0"):
         gemm(a, quantized(gaussian(25, 8, 5), 1))
+    with pytest.raises(ValueError, match=r"a has codes \(1, 8\) and scale \(4, 1\).* 1 or 1 "):
+        gemm(dataclasses.replace(a, codes=a.codes[:1]), b)
+    for shift in (np.ones((4, 8)), np.ones((1, 5)), np.ones(8)):
+        of = dataclasses.replace(a, shift=jnp.asarray(shift, jnp.float32))
+        with pytest.raises(ValueError, match=r"a has codes \(4, 8\) and shift .*of size 1 along"):
+            gemm(of, b)
     with pytest.raises(ValueError, match=r"b has shape \(2, 8, 5\)"):
         gemm(a, quantized(gaussian(25, 2, 8, 5), 1))
     with pytest.raises(

@@ -168,6 +168,10 @@ def test_refuses_what_has_no_quantile():
         thresholds(np.ones(3, np.float32), sample=0)
     with pytest.raises(ValueError, match=r"x has shape \(0, 4\)"):
         thresholds(np.ones((0, 4), np.float32))
+    large = jax.ShapeDtypeStruct((2**21, 2**10), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"sample is None; expected fewer than 2\*\*31 elements"):
+        jax.eval_shape(lambda x: thresholds(x, sample=None), large)
+    jax.eval_shape(thresholds, large)
     for x in (np.ones(3, np.int8), [1.0]):
         with pytest.raises(TypeError, match="x is"):
             thresholds(x)

@@ -211,6 +211,14 @@ def test_every_difference_is_in_the_one_line(tmp_path):
     assert fields == ["seed (0, 1, 2)", "steps (1, 2)"]
 
 
+def test_optimizers_are_compared_field_by_field(tmp_path):
+    of_a, of_b = {"warmup": 0.1, "beta1": 0.9}, {"warmup": 0.2, "beta1": 0.9, "accumulation": 2}
+    a = write_run(tmp_path / "a", [3.0], lr=1e-3, optimizer=of_a | {"accumulation": 1})
+    b = write_run(tmp_path / "b", [3.0], lr=2e-3, optimizer=of_b)
+    fields = differing_fields([summarize(run) for run in (a, b)])
+    assert fields == ["lr (0.001, 0.002)", "optimizer (warmup=0.1, warmup=0.2)"]
+
+
 def no_config(run):
     (run / "config.json").unlink()
 

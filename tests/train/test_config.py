@@ -184,6 +184,13 @@ def written(run_dir, *flags):
     return run_dir
 
 
+def test_a_file_of_flags_names_no_other(tmp_path):
+    file = tmp_path / "outer.toml"
+    file.write_text('config = "base.toml"\nsteps = 3\n')
+    with pytest.raises(UserError, match=r"outer.toml: it names another, base.toml; expected flags"):
+        parse([f"--config={file}"])
+
+
 def test_resume_takes_the_flags_of_the_run(tmp_path):
     flags = ["--model=llama60m", "--recipe=fp4_cast", "--model.no_scan_layers", "--steps=7"]
     run_dir = written(tmp_path / "run", *flags, "--recipe.skip", "a", "b")

@@ -57,6 +57,7 @@ def refuses(runs, elsewhere, capsys):
         ("--steps=0", "steps=0; expected a positive number"),
         ("--backend=gpu", "invalid choice 'gpu' for argument '--backend'"),
         ("--model.num_kv_heads=3", "expected the second to divide the first"),
+        ("--recipe.skip=*", "no layer of the model was chosen"),
     ],
 )
 def test_flags(refuses, flag, message):

@@ -104,6 +104,12 @@ def test_estimate_follows_batch_accumulation_and_remat(small_device):
     planned = make_plan(Trainer(kept("qkv", rows=16, accumulation=2)))[0]
     assert planned.activations == estimated_activations(kept("qkv"))
     assert planned.gradients == 2 * 4 * planned.parameters
+    # Of two microbatches, and of as many as bfloat16 can sum.
+    two, most = (
+        dataclasses.replace(c, optimizer=dataclasses.replace(c.optimizer, master="bfloat16"))
+        for c in (kept("qkv", rows=8 * n, accumulation=n) for n in (2, 256))
+    )
+    assert estimated_activations(two) == estimated_activations(most)
     # A chunk's logits and their gradient: no more of them with more tokens.
     small, large = (estimated_activations(kept(loss_chunk=chunk)) for chunk in (16, 1024))
     assert large - small == 8 * (1024 - 16) * 32000

@@ -18,5 +18,10 @@ def test_a_profile_holds_the_steps_that_were_asked_for(runs, tmp_path, capsys, s
     assert traced == {str(step) for step in range(6, 13)[:steps]}
 
 
+def test_a_run_too_short_for_a_trace_says_so(runs, tmp_path, capsys):
+    assert runs.tiny(tmp_path / "run", "--profile=2", "--steps=4") == 0
+    assert "warning: nothing traced: that begins after 5 steps" in capsys.readouterr().err
+
+
 def test_no_profile_unless_asked(unbroken):
     assert not (unbroken / "profile").exists()
