@@ -55,7 +55,7 @@ class LlamaConfig:
     """Most tokens whose logits stand at a time in training; None: as many as take 1 GiB."""
 
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention implementation; auto is cudnn on a GPU, but for float32 and heads of more than 128
+    """Attention implementation; auto is cudnn on a GPU, but for float32 and heads of more than 256
     dimensions or a number that 8 does not divide, and xla elsewhere."""
 
     def __post_init__(self) -> None:

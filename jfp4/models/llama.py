@@ -1,6 +1,7 @@
 """The Llama decoder in flax.nnx, its layers stacked under scan."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -366,13 +367,23 @@ def attend(
 
 
 def attention_implementation(config: LlamaConfig) -> Literal["xla", "cudnn"]:
-    """What ``config.attention`` means on the default device."""
+    """What ``config.attention`` means on the default device.
+
+    Warns:
+        UserWarning: "auto" is XLA on a GPU only because cuDNN refuses heads of this size.
+    """
     if config.attention != "auto":
         return config.attention
-    # cuDNN's heads, on every GPU that has its attention.
-    fits = config.head_dim % 8 == 0 and config.head_dim <= 128
-    cudnn = jax.default_backend() == "gpu" and config.dtype != "float32" and fits
-    return "cudnn" if cudnn else "xla"
+    if jax.default_backend() != "gpu" or config.dtype == "float32":
+        return "xla"
+    if config.head_dim % 8 == 0 and config.head_dim <= 256:
+        return "cudnn"
+    warnings.warn(
+        f"attention is computed by XLA: cuDNN takes heads of up to 256 dimensions, in eights, and "
+        f"these have {config.head_dim}",
+        stacklevel=2,
+    )
+    return "xla"
 
 
 def rotary_angles(
