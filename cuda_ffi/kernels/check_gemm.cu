@@ -171,8 +171,8 @@ int main() {
   int i = 0;
   const int kShapes[][3] = {{1, 1, 16},      {127, 129, 144},  {128, 256, 128}, {256, 512, 1024},
                             {300, 520, 400}, {513, 200, 2048}, {64, 1000, 5120}};
-  // As many tiles that each of either width is taken, and several by every block.
-  const int kManyTiles[][3] = {{2048, 4096, 32}, {4096, 5120, 16}, {4096, 9216, 16}};
+  // As many tiles that blocks take several: of medium width, wide ones, wide and then narrow ones.
+  const int kManyTiles[][3] = {{2048, 5120, 32}, {4096, 5120, 16}, {4096, 9216, 16}};
   for (bool promote : {false, true}) {
     for (auto [m, n, k] : kShapes) {
       ok &= Check({1, m, n, k, kOut[i % 3], false, false, promote, i % 2 == 0, i % 3 == 0, i % 3});

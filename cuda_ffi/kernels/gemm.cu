@@ -375,8 +375,8 @@ cudaError_t Launch(const Gemm& g, int full_cols, int clusters, cudaStream_t stre
 
 bool HasSlope(const Gemm& g) { return g.slope.w != nullptr; }
 
-// A way to divide y into tiles, and about how long the product then takes: columns that a cluster
-// computes one after the other, in units of a column of a wide tile.
+// A way to divide y into tiles, and about how long the product then takes, in columns of a wide
+// tile.
 struct Tiling {
   float cost;
   int width, full_cols;
@@ -386,41 +386,58 @@ struct Tiling {
 
 int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Tiles of one width. The factors were measured on products that fill the GPU; a joint tile's
-// epilogue takes as long as 400 steps of 1 along k.
-template <int kBlockN>
-Tiling Uniform(const Gemm& g, int clusters) {
-  const float factor = kBlockN == kNarrow   ? 1.1f
-                       : kBlockN == kMedium ? 1.03f
-                       : kBlockN == kWide   ? 1.0f
-                                            : 0.985f + 400.0f / g.k;
-  const int cols = CeilDiv(g.n, kBlockN);
-  const int tiles = Schedule<kBlockN>(g.batch, g.m, g.n, cols).total;
-  return {CeilDiv(tiles, clusters) * kBlockN * factor, kBlockN, cols};
+// When the last of the clusters ends, if each takes the next tile as soon as it has done one: first
+// those of the kernel's width, then the narrow ones.
+float Makespan(int clusters, int full, float full_cost, int narrow, float narrow_cost) {
+  // Some have one of the first kind more than the others.
+  const int more = full % clusters, others = clusters - more;
+  float end = full / clusters * full_cost;
+  float end_of_more = more > 0 ? end + full_cost : end;
+  for (; narrow > 0 && end < end_of_more; narrow -= others) end += narrow_cost;
+  if (narrow <= 0) return std::max(end, end_of_more);
+  // The others have caught up: all take as many, and of the rest those that are behind the first.
+  const float rounds = narrow / clusters * narrow_cost;
+  const int left = narrow % clusters;
+  end += rounds + (left > more ? narrow_cost : 0);
+  end_of_more += rounds + (left > 0 ? narrow_cost : 0);
+  return std::max(end, end_of_more);
 }
 
-// Wide tiles and narrow ones after them, which read a again: of as many as end first.
-Tiling WideThenNarrow(const Gemm& g, int clusters) {
-  constexpr float kNarrowCost = 1.2f * kNarrow;
-  Tiling best = Uniform<kWide>(g, clusters);
-  for (int cols = 0; cols <= g.n / kWide; ++cols) {
-    const Schedule<kWide> schedule(g.batch, g.m, g.n, cols);
-    // Clusters that have a wide tile less than others have time for a narrow one.
-    const int busy = schedule.full % clusters, idle = busy == 0 ? 0 : clusters - busy;
-    const int left = std::max(0, schedule.total - schedule.full - idle);
-    const float cost =
-        CeilDiv(schedule.full, clusters) * kWide + CeilDiv(left, clusters) * kNarrowCost;
-    best = std::min(best, Tiling{cost, kWide, cols});
-  }
-  return best;
+// The first full_cols columns of tiles are of width kBlockN, the others narrow. What a column costs
+// was fitted to times of an H200 in bursts and at its power limit: in bursts joint tiles gain where
+// k is long, at the limit all others do. What all clusters compute counts beside the longest time,
+// for power that is not used by some is there for the rest.
+template <int kBlockN>
+Tiling Divide(const Gemm& g, int clusters, int full_cols) {
+  const float column = kBlockN == kNarrow   ? 1.025f
+                       : kBlockN == kMedium ? 1.015f
+                       : kBlockN == kWide   ? 1.0f
+                                            : 0.985f + 300.0f / g.k;  // its epilogue shows
+  constexpr float kNarrowColumn = 1.06f;                              // that reads a again
+  constexpr float kOfAll = 1.0f / 3;
+  const Schedule<kBlockN> schedule(g.batch, g.m, g.n, full_cols);
+  const int full = schedule.full, narrow = schedule.total - full;
+  const float full_cost = kBlockN * column, narrow_cost = kNarrow * kNarrowColumn;
+  const float mean = (full * full_cost + narrow * narrow_cost) / clusters;
+  return {Makespan(clusters, full, full_cost, narrow, narrow_cost) + kOfAll * mean, kBlockN,
+          full_cols};
+}
+
+template <int kBlockN>
+Tiling Uniform(const Gemm& g, int clusters) {
+  return Divide<kBlockN>(g, clusters, CeilDiv(g.n, kBlockN));
 }
 
 Tiling Choose(const Gemm& g, int clusters) {
   const Tiling narrow = Uniform<kNarrow>(g, clusters);
   // The slope's registers leave none for more sums.
   if (g.promote || HasSlope(g) || !HasBulkRows(g)) return narrow;
-  return std::min({narrow, Uniform<kMedium>(g, clusters), WideThenNarrow(g, clusters),
-                   Uniform<kJoint>(g, clusters)});
+  Tiling best = std::min({narrow, Uniform<kMedium>(g, clusters), Uniform<kWide>(g, clusters),
+                          Uniform<kJoint>(g, clusters)});
+  for (int cols = 1; cols <= g.n / kWide; ++cols) {
+    best = std::min(best, Divide<kWide>(g, clusters, cols));
+  }
+  return best;
 }
 
 }  // namespace
