@@ -273,29 +273,19 @@ cudaError_t LaunchGradientTiles(const QuantizeGradient& args, cudaStream_t strea
   });
 }
 
-// Matrix by matrix, since magnitudes of rows and columns take turns.
 cudaError_t LaunchAnyGradient(const QuantizeGradient& args, cudaStream_t stream) {
-  for (int64_t i = 0; i < args.in.batch; ++i) {
-    QuantizeInput in = args.in;
-    const int64_t element = i * in.rows * in.cols;
-    in.x = static_cast<const char*>(in.x) + element * ElementBytes(in.type);
-    in.batch = 1;
-    Any rows = {in, {}, args.format};
-    rows.col_factor = args.col_factor + i * in.cols;
-    rows.row_scale = args.row_scale + i * in.rows;
-    rows.known_amax = args.row_amax + i * in.rows;
-    rows.codes = args.codes + element;
-    Any columns = {in, {}, args.format};
-    columns.row_factor = args.row_factor + i * in.rows;
-    columns.col_scale = args.col_scale + i * in.cols;
-    columns.known_amax = args.col_amax + i * in.cols;
-    columns.codes_t = args.codes_t + element;
-    for (const Any& both : {rows, columns}) {
-      const cudaError_t error = LaunchAny(both, stream);
-      if (error != cudaSuccess) return error;
-    }
-  }
-  return cudaSuccess;
+  Any rows = {args.in, {}, args.format};
+  rows.col_factor = args.col_factor;
+  rows.row_scale = args.row_scale;
+  rows.known_amax = args.row_amax;
+  rows.codes = args.codes;
+  Any columns = {args.in, {}, args.format};
+  columns.row_factor = args.row_factor;
+  columns.col_scale = args.col_scale;
+  columns.known_amax = args.col_amax;
+  columns.codes_t = args.codes_t;
+  const cudaError_t error = LaunchAny(rows, stream);
+  return error == cudaSuccess ? LaunchAny(columns, stream) : error;
 }
 
 // Whether a thread can take vectors, of the gradient and of its factors.

@@ -99,7 +99,7 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
   const int warp = threadIdx.x / kWarp;
   const int64_t base = batch * args.size;
 
-  uint32_t keys[kKeysHeld];
+  uint32_t bits[kKeysHeld];
   int held = 0;
   const auto load = [&](int64_t first) {
     const int64_t remaining = args.count - first - thread;  // of this thread, one in kStep
@@ -108,7 +108,7 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kKeysHeld; ++i) {
       const int64_t index = first + i * kStep + thread;
-      keys[i] = i < held ? LoadBits<kType>(args.x, base + index * args.stride) : 0;
+      bits[i] = i < held ? LoadBits<kType>(args.x, base + index * args.stride) : 0;
     }
   };
   load(0);
@@ -131,9 +131,9 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kKeysHeld; ++i) {
         if (i >= held) break;
-        const uint32_t key = KeyOf(keys[i]), bin = key >> shift & (kBins - 1);
+        const uint32_t key = KeyOf(bits[i]), bin = key >> shift & (kBins - 1);
         if (digit == 0) {  // both ranks look at the same counts
-          if ((keys[i] & ~kSignBit) > kInfinityKey<kType>) atomicOr(&shared.has_nan, 1);
+          if ((bits[i] & ~kSignBit) > kInfinityKey<kType>) atomicOr(&shared.has_nan, 1);
           atomicAdd(&shared.bins[0][0][bin], 1);
           continue;
         }
