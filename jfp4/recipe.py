@@ -142,6 +142,19 @@ class Recipe:
         """Whether anything is quantised at all."""
         return self.x_format is not None
 
+    @property
+    def inert(self) -> dict[str, str]:
+        """The fields that change nothing, and which others' values make it so."""
+        if not self.quantizes:
+            names = {field.name for field in dataclasses.fields(self)} - {"x_format", "w_format"}
+            return dict.fromkeys(sorted(names), "x_format and w_format are None")
+        inert: dict[str, str] = {}
+        if self.dge_k is None:
+            inert["dge_cap"] = "dge_k is None"
+        if self.occ_alpha is None:
+            inert |= dict.fromkeys(("occ_sample", "occ_compensation"), "occ_alpha is None")
+        return inert
+
     def applies_to(self, path: str) -> bool:
         """Whether the layer at this dotted path is quantised: it matches no ``skip`` pattern."""
         return self.quantizes and not any(fnmatch.fnmatchcase(path, p) for p in self.skip)

@@ -96,6 +96,17 @@ def test_skip_patterns_match_whole_paths():
     assert r.applies_to("embed") and Recipe(skip=()).applies_to("lm_head")
 
 
+def test_inert_fields_are_those_that_another_switches_off():
+    assert Recipe().inert == {}
+    assert RECIPES["fp8"].inert == {
+        "dge_cap": "dge_k is None",
+        "occ_sample": "occ_alpha is None",
+        "occ_compensation": "occ_alpha is None",
+    }
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert RECIPES["bf16"].inert.keys() == fields - {"x_format", "w_format"}
+
+
 def test_hashable_and_frozen():
     assert hash(Recipe()) == hash(Recipe()) and Recipe() == Recipe()
     assert len({Recipe(), Recipe(dge_k=3.0), RECIPES["fp4"]}) == 2

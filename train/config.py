@@ -289,7 +289,8 @@ def parse(args: Sequence[str]) -> TrainConfig:
     given again.
 
     Raises:
-        UserError: an unknown flag, preset or value, with near names.
+        UserError: an unknown flag, preset or value, with near names; a flag of the recipe that can
+            change nothing.
         SystemExit: after ``--help``.
     """
     file = value_of("config", list(args), None)
@@ -309,6 +310,10 @@ def parse(args: Sequence[str]) -> TrainConfig:
     config = parse_flags(TrainConfig, args, PROGRAM, default)
     if config.resume and config.run_dir is None:
         raise UserError("--resume needs to know which run: give --run_dir")
+    for name, why in config.quantization.inert.items():
+        value = getattr(config.quantization, name)
+        if value != getattr(default.quantization, name):
+            raise UserError(f"--recipe.{name}={value} changes nothing, since {why}")
     return config
 
 

@@ -66,6 +66,22 @@ def test_json_brings_a_configuration_back(model, recipe):
         (["--recipe.x_format=e9m9"], "invalid choice 'e9m9' for argument '--recipe.x_format'"),
         (["--model.num_heads=3"], "embed_dim=256 and num_heads=3; expected an even number"),
         (["--recipe.w_format=e4m3"], "the estimator is for 4-bit weights: set dge_k to None"),
+        (
+            ["--recipe=bf16", "--recipe.dge_k=10"],
+            "--recipe.dge_k=10.0 changes nothing, since x_format and w_format are None",
+        ),
+        (
+            ["--recipe=bf16", "--recipe.skip", "mlp"],
+            "--recipe.skip=('mlp',) changes nothing, since x_format and w_format are None",
+        ),
+        (
+            ["--recipe=fp4_cast", "--recipe.dge_cap=2"],
+            "--recipe.dge_cap=2.0 changes nothing, since dge_k is None",
+        ),
+        (
+            ["--recipe.occ_alpha=None", "--recipe.occ_sample=64"],
+            "--recipe.occ_sample=64 changes nothing, since occ_alpha is None",
+        ),
         (["--batch_size=3", "--optimizer.accumulation=2"], "a multiple of optimizer.accumulation"),
         (["--resume"], "--resume needs to know which run: give --run_dir"),
         (["--data="], "data=''; expected \"pystdlib\" or a path"),
