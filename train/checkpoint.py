@@ -97,7 +97,7 @@ class Checkpoints:
         Each process reads what its own devices hold, whatever mesh the checkpoint was saved from.
 
         Raises:
-            UserError: it is of another model; what differs is named.
+            UserError: it is of another model; what differs is named. Or it is damaged.
         """
         wanted = named_leaves(abstract)
         path = self._manager.directory / str(step) / "default"
@@ -106,7 +106,13 @@ class Checkpoints:
         under_way = max(self.host_bytes, 2 * largest) / 10**9
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=under_way)
         with contextlib.closing(ocp.Checkpointer(handler)) as reader:
-            kept = reader.metadata(path).item_metadata.tree
+            metadata = reader.metadata(path).item_metadata
+            if metadata is None:  # orbax's word for what it cannot read
+                raise UserError(
+                    f"checkpoint {step} is damaged; remove {path.parent} to go on from the one "
+                    "before, if there is one"
+                )
+            kept = metadata.tree
             shapes = {name: tuple(leaf.shape) for name, leaf in kept.items()}
             for name, leaf in wanted.items():
                 if shapes.get(name) != tuple(leaf.shape):

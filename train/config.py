@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import shutil
 import sys
 import tomllib
@@ -24,6 +25,7 @@ from train.errors import UserError
 PROGRAM = "python -m train.main"
 
 _FLAG_NAMES = {"llama": "model", "quantization": "recipe"}
+_ONLY_ON = ("resume", "plan")  # off unless they are given
 """Fields whose flags have another name: --model is a preset, --model.num_layers overrides it."""
 
 
@@ -63,7 +65,7 @@ class OptimizerConfig:
     """Share of the steps over which the learning rate rises linearly."""
 
     final_lr: float = 0.1
-    """Last learning rate, as a share of the peak; cosine in between."""
+    """Learning rate that a cosine from the peak reaches after the last step, as its share."""
 
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices (norm scales have none)."""
@@ -138,8 +140,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
-        known = self.host_gib is None or self.host_gib > 0
-        _require(known, "checkpoint.host_gib", self.host_gib, "> 0 or None")
+        known = self.host_gib is None or 0 < self.host_gib < math.inf
+        _require(known, "checkpoint.host_gib", self.host_gib, "> 0, finite, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +273,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")
         _require(self.profile >= 0, "profile", self.profile, ">= 0")
-        _require(self.lr > 0, "lr", self.lr, "> 0")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "> 0 and finite")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "0 <= seed < 2**31")
         accumulation = self.optimizer.accumulation
         _require(
@@ -342,7 +344,7 @@ def flags_of(file: Path) -> list[str]:
         raise UserError(f"--config={file} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"--config={file} is not TOML ({error})") from None
-    flags = []
+    flags: list[str] = []
     if "config" in values:
         raise UserError(f"--config={file}: it names another, {values['config']}; expected flags")
     for name, value in values.items():
@@ -353,7 +355,8 @@ def flags_of(file: Path) -> list[str]:
             )
         group, dot, last = name.rpartition(".")
         if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--{group}{dot}no_{last}")
+            off = () if name in _ONLY_ON else (f"--{group}{dot}no_{last}",)
+            flags.extend((f"--{name}",) if value else off)
         else:
             flags.append(f"--{name}={value}")
     return flags

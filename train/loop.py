@@ -24,6 +24,9 @@ from train.plan import peak_bytes
 from train.profile import WARM_UP, Profile
 from train.step import Trainer, TrainState
 
+SAME_REQUEST = 5.0
+"""Seconds in which a second SIGTERM is taken for the first one, arrived twice."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -264,9 +267,14 @@ def _interrupts() -> Iterator[list[int]]:
     SIGINT, which a terminal sends to all of them but never between the same steps, stops at once.
     """
     received: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: Any) -> None:
-        if received:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        # A scheduler that signals all of a job's processes reaches a run by its launcher as well.
+        elif number == signal.SIGINT or time.monotonic() - first > SAME_REQUEST:
             signal.default_int_handler(number, frame)
         received.append(number)
 

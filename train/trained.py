@@ -46,7 +46,8 @@ def load_model(run_dir: str | Path, step: int | None = None) -> Llama:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in named_leaves(part).items()
     }
-    path = (run_dir / "checkpoints" / str(step or steps[-1]) / "default").absolute()
+    step = steps[-1] if step is None else step
+    path = (run_dir / "checkpoints" / str(step) / "default").absolute()
     with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         arrays = reader.restore(

@@ -125,6 +125,19 @@ def test_another_model_is_refused_by_name(tmp_path):
             checkpoints.restore(3, narrow)
 
 
+def test_a_damaged_one_is_said_to_be(tmp_path):
+    state = state_of(3)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+    damaged = tmp_path / "checkpoints" / "3"
+    (damaged / "default" / "_METADATA").unlink()
+    with (
+        opened(tmp_path) as checkpoints,
+        pytest.raises(UserError, match=rf"checkpoint 3 is damaged; remove {damaged} to go on"),
+    ):
+        checkpoints.restore(3, abstract(state))
+
+
 def test_a_full_disk_is_an_os_error_and_leaves_the_one_before(tmp_path, monkeypatch):
     class Full:
         free = 100

@@ -91,6 +91,8 @@ def test_json_brings_a_configuration_back(model, recipe):
         (["--eval_batches=0"], "eval_batches=0; expected"),
         (["--lr=0"], "lr=0.0; expected > 0"),
         (["--lr=nan"], "lr=nan; expected > 0"),
+        (["--lr=inf"], "lr=inf; expected > 0 and finite"),
+        (["--checkpoint.host_gib=inf"], "checkpoint.host_gib=inf; expected > 0, finite, or None"),
         (["--seed=-1"], "seed=-1; expected 0 <= seed < 2**31"),
         (["--optimizer.warmup=1.5"], "optimizer.warmup=1.5; expected a share"),
         (["--optimizer.final_lr=-1"], "optimizer.final_lr=-1.0; expected a share"),
@@ -198,6 +200,13 @@ def written(run_dir, *flags):
         run_dir, parse(flags), "fingerprint", device="device", parameters=1, planned_bytes=2
     )
     return run_dir
+
+
+def test_flags_that_can_only_be_on_are_off_in_a_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('resume = false\nplan = false\n"model.scan_layers" = false\n')
+    config = parse([f"--config={file}"])
+    assert (config.resume, config.plan, config.llama.scan_layers) == (False, False, False)
 
 
 def test_a_file_of_flags_names_no_other(tmp_path):

@@ -383,6 +383,17 @@ def test_program(text, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_sigterm_that_arrives_twice_is_one_request(monkeypatch):
+    with loop._interrupts() as received:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM, signal.SIGTERM]
+    monkeypatch.setattr(loop, "SAME_REQUEST", -1.0)
+    with pytest.raises(KeyboardInterrupt), loop._interrupts() as received:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_second_signal_ends_at_once():
     with pytest.raises(KeyboardInterrupt), loop._interrupts() as received:
         signal.raise_signal(signal.SIGTERM)
