@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -27,14 +28,14 @@ def check_choices(config: Any) -> None:
 
 
 def check_dge(k: float, cap: float, prefix: str = "") -> None:
-    """Raises ValueError unless ``k`` is at least 1 and ``cap`` positive.
+    """Raises ValueError unless ``k`` is at least 1 and ``cap`` positive, both finite.
 
     What they are called in its message begins with ``prefix``.
     """
-    if not k >= 1:
-        raise ValueError(f"{prefix}k={k} is out of range; expected {prefix}k >= 1")
-    if not cap > 0:
-        raise ValueError(f"{prefix}cap={cap} is out of range; expected {prefix}cap > 0")
+    if not 1 <= k < math.inf:
+        raise ValueError(f"{prefix}k={k} is out of range; expected {prefix}k >= 1, finite")
+    if not 0 < cap < math.inf:
+        raise ValueError(f"{prefix}cap={cap} is out of range; expected {prefix}cap > 0, finite")
 
 
 def check_occ(alpha: float, sample: int | None, prefix: str = "") -> None:

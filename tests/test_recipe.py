@@ -33,6 +33,8 @@ def test_the_default_is_the_paper():
         ({"w_format": "e9m9"}, ["e9m9"]),
         ({"dge_k": 0.5}, ["k=0.5"]),
         ({"dge_k": float("nan")}, ["k=nan"]),
+        ({"dge_k": float("inf")}, ["k=inf"]),
+        ({"dge_cap": float("inf")}, ["cap=inf"]),
         ({"dge_cap": 0.0}, ["cap=0"]),
         ({"dge_cap": float("nan")}, ["cap=nan"]),
         ({"w_format": "e4m3"}, ["dge_k", "w_format", "e4m3"]),
