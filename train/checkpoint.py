@@ -97,7 +97,7 @@ class Checkpoints:
         Each process reads what its own devices hold, whatever mesh the checkpoint was saved from.
 
         Raises:
-            UserError: it is of another model; what differs is named. Or it is damaged.
+            UserError: it is of another model; what differs is named. Or it cannot be read.
         """
         wanted = named_leaves(abstract)
         path = self._manager.directory / str(step) / "default"
@@ -109,8 +109,8 @@ class Checkpoints:
             metadata = reader.metadata(path).item_metadata
             if metadata is None:  # orbax's word for what it cannot read
                 raise UserError(
-                    f"checkpoint {step} is damaged; remove {path.parent} to go on from the one "
-                    "before, if there is one"
+                    f"checkpoint {step} cannot be read, or is damaged; if it is, move {path.parent} "
+                    "elsewhere to go on from the one before, if there is one"
                 )
             kept = metadata.tree
             shapes = {name: tuple(leaf.shape) for name, leaf in kept.items()}

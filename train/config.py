@@ -25,8 +25,10 @@ from train.errors import UserError
 PROGRAM = "python -m train.main"
 
 _FLAG_NAMES = {"llama": "model", "quantization": "recipe"}
-_ONLY_ON = ("resume", "plan")  # off unless they are given
 """Fields whose flags have another name: --model is a preset, --model.num_layers overrides it."""
+
+_ONLY_ON = ("resume", "plan")
+"""Fields without a flag that turns them off: FlagCreatePairsOff."""
 
 
 def _require(ok: bool, name: str, value: Any, expected: str) -> None:

@@ -78,7 +78,7 @@ def _attempt(flags: Sequence[str], processes: int | None, terminated: "_Terminat
     command = [sys.executable, "-m", "train.main", *flags]
     meeting = [[]] if processes is None else _meeting(processes)
     # In groups of their own: a terminal's Ctrl-C would reach them beside what is handed on, and a
-    # second signal ends a run at once.
+    # SIGINT after another signal ends a run at once.
     running = [subprocess.Popen([*command, *own], process_group=0) for own in meeting]
     handed_on = 0
     try:

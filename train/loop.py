@@ -263,6 +263,8 @@ class _Run:
 def _interrupts() -> Iterator[list[int]]:
     """A list that is empty until SIGINT or SIGTERM arrives; a second one ends the process.
 
+    But for a SIGTERM within ``SAME_REQUEST`` of the first, which is taken for it.
+
     Of several processes SIGTERM asks all to stop, after the same step: ``processes.preempted``.
     SIGINT, which a terminal sends to all of them but never between the same steps, stops at once.
     """

@@ -171,7 +171,7 @@ int main() {
   int i = 0;
   const int kShapes[][3] = {{1, 1, 16},      {127, 129, 144},  {128, 256, 128}, {256, 512, 1024},
                             {300, 520, 400}, {513, 200, 2048}, {64, 1000, 5120}};
-  // As many tiles that blocks take several: of medium width, wide ones, wide and then narrow ones.
+  // As many tiles that blocks take several: of medium width, wide and then narrow ones, wide ones.
   const int kManyTiles[][3] = {{2048, 5120, 32}, {4096, 5120, 16}, {4096, 9216, 16}};
   for (bool promote : {false, true}) {
     for (auto [m, n, k] : kShapes) {

@@ -404,9 +404,9 @@ float Makespan(int clusters, int full, float full_cost, int narrow, float narrow
 }
 
 // The first full_cols columns of tiles are of width kBlockN, the others narrow. What a column costs
-// was fitted to times of an H200 in bursts and at its power limit: in bursts joint tiles gain where
-// k is long, at the limit all others do. What all clusters compute counts beside the longest time,
-// for power that is not used by some is there for the rest.
+// was fitted to times of an H200 both in bursts, where joint tiles are level with wide ones if k is
+// long, and at its power limit, where they lose. What all clusters compute counts beside the
+// longest time, for power that is not used by some is there for the rest.
 template <int kBlockN>
 Tiling Divide(const Gemm& g, int clusters, int full_cols) {
   const float column = kBlockN == kNarrow   ? 1.025f

@@ -40,6 +40,14 @@ def test_the_model_is_the_runs(run_dir, step):
     assert float(found) == pytest.approx(float(expected), rel=2 * 31 * 2.0**-24)
 
 
+def test_step_0_is_a_step(run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    (copy / "checkpoints" / "2").rename(copy / "checkpoints" / "0")
+    found, expected = (nnx.state(load_model(*of)) for of in ((copy, 0), (run_dir, 2)))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_what_is_not_there_is_named(run_dir, tmp_path):
     with pytest.raises(UserError, match=r"run_dir=.*nothing holds no run"):
         load_model(tmp_path / "nothing")
