@@ -109,8 +109,8 @@ class Checkpoints:
             metadata = reader.metadata(path).item_metadata
             if metadata is None:  # orbax's word for what it cannot read
                 raise UserError(
-                    f"checkpoint {step} cannot be read, or is damaged; if it is, move {path.parent} "
-                    "elsewhere to go on from the one before, if there is one"
+                    f"checkpoint {step} cannot be read, or is damaged; if it is, move "
+                    f"{path.parent} elsewhere to go on from the one before, if there is one"
                 )
             kept = metadata.tree
             shapes = {name: tuple(leaf.shape) for name, leaf in kept.items()}
