@@ -114,6 +114,7 @@ def _run(config: TrainConfig) -> int:
         return 0 if planned.fits else 2
 
     def check() -> str:
+        rundir.check_free(run_dir)
         rundir.check(run_dir, config)
         return ""
 
@@ -160,6 +161,8 @@ def _run(config: TrainConfig) -> int:
     for line in collectives.described(step_fn):
         say(line)
 
+    held = contextlib.ExitStack()
+
     def prepare_run_dir() -> str:
         every, saved = config.checkpoint.every, planned.saved
         # One more than is kept, since the oldest goes when the newest is there; some may be there.
@@ -170,6 +173,8 @@ def _run(config: TrainConfig) -> int:
             if every:
                 raise
             say(f"warning: an interrupt could not be saved: {error}")
+        held.enter_context(rundir.hold(run_dir, say))
+        rundir.check(run_dir, config)  # again: another run may have begun there since
         rundir.write(
             run_dir,
             config,
@@ -181,13 +186,14 @@ def _run(config: TrainConfig) -> int:
         return ""
 
     try:
-        processes.of_first(prepare_run_dir)
-        say(
-            f"{planned.parameters:,} parameters, {len(corpus.train):,} training tokens; "
-            f"writing to {run_dir}"
-        )
-        with placed.in_force():
-            outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
+        with held:
+            processes.of_first(prepare_run_dir)
+            say(
+                f"{planned.parameters:,} parameters, {len(corpus.train):,} training tokens; "
+                f"writing to {run_dir}"
+            )
+            with placed.in_force():
+                outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
     except OSError as error:
         remedy = REMEDIES.get(error.errno or 0, "make room")
         raise UnsharedError(

@@ -1,19 +1,21 @@
 """The run directory: what it is of, and whether a run may begin or go on in it."""
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from train.config import TrainConfig, differences, to_dict
 from train.errors import UserError
 
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", "lock"
 PACKAGES = ("jfp4", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 FREE = ("resume", "plan", "backend", "run_dir", "data", "tokenizer", "eval_every", "eval_batches",
@@ -38,7 +40,7 @@ def check(run_dir: Path, config: TrainConfig) -> None:
     if not path.is_file():
         if config.resume:
             raise UserError(f"{run_dir} holds no run to resume; leave --resume out to begin one")
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and (not run_dir.is_dir() or set(os.listdir(run_dir)) - {LOCK}):
             raise UserError(f"{run_dir} is in use and holds no run; choose another --run_dir")
         return
     found = differences(_identity(read(run_dir)["config"]), _identity(to_dict(config)))
@@ -49,6 +51,52 @@ def check(run_dir: Path, config: TrainConfig) -> None:
         )
     if not config.resume:
         raise UserError(f"{run_dir} holds this run already; add --resume, or choose another")
+
+
+def check_free(run_dir: Path) -> None:
+    """Refuses a directory that a living run holds; writes nothing.
+
+    Raises:
+        UserError: it does, and which process that is.
+    """
+    try:
+        with (run_dir / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(run_dir) from None
+    except OSError:
+        pass  # no such file, or no such locks: ``hold`` says so
+
+
+def hold(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
+    """Makes the directory, and keeps every other run out of it while the file returned is open.
+
+    The system closes it with the process, however that ends: what was killed leaves nothing to
+    clear away. Where a file system has no locks ``say`` is told.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: it cannot be written.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise _in_use(run_dir) from None
+    except OSError as error:
+        reason = error.strerror
+        say(f"warning: {run_dir} cannot be locked ({reason}): see that no other run writes to it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def _in_use(run_dir: Path) -> UserError:
+    holder = (run_dir / LOCK).read_text().strip() or "another process"
+    return UserError(f"{run_dir} is written to by {holder}; wait for it, or choose another --run_dir")
 
 
 def check_data(run_dir: Path, fingerprint: str) -> None:

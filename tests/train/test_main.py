@@ -17,7 +17,7 @@ import tokenizers
 from tiny_run import TINY, lines_of, one_error
 
 from jfp4.ops import ffi
-from train import loop, metrics, prepare
+from train import loop, metrics, prepare, rundir
 from train.batches import batches
 from train.checkpoint import Checkpoints
 from train.errors import UserError
@@ -130,6 +130,36 @@ def test_a_directory_that_holds_a_run(runs, unbroken, text, capsys):
     error = one_error(capsys)
     assert "holds a run with another configuration: model.mlp_dim (64, now 32), seed (0" in error
     assert sorted(unbroken.rglob("*")) == before
+
+
+def test_a_directory_in_which_a_run_lives(runs, unbroken, tmp_path, text, capsys, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "12")
+    message = f"error: {run_dir} is written to by process {os.getpid()} on "
+    with rundir.hold(run_dir, pytest.fail):
+        before = sorted(run_dir.rglob("*"))
+        assert runs.resume(run_dir) == 2
+        assert last_error(capsys)[0].startswith(message)
+        # One that began after this one had looked.
+        monkeypatch.setattr(rundir, "check_free", lambda place: None)
+        assert runs.resume(run_dir) == 2
+        assert last_error(capsys)[0].startswith(message)
+        assert sorted(run_dir.rglob("*")) == before
+    assert runs.resume(run_dir) == 0
+
+
+def test_a_run_that_another_began_and_ended_meanwhile(runs, tmp_path, monkeypatch, capsys):
+    real = rundir.hold
+
+    def hold(run_dir, say):
+        monkeypatch.setattr(rundir, "hold", real)
+        assert runs.tiny(run_dir) == 0
+        return real(run_dir, say)
+
+    monkeypatch.setattr(rundir, "hold", hold)
+    assert runs.tiny(tmp_path / "run") == 2
+    assert "holds this run already; add --resume" in last_error(capsys)[0]
 
 
 def test_a_back_end_that_is_missing(refuses, text):

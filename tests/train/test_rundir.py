@@ -1,7 +1,11 @@
 """What a run directory says of its run, and who may write in it."""
 
+import errno
 import json
+import os
 import platform
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -84,6 +88,49 @@ def test_a_directory_of_something_else(tmp_path):
     for place in (tmp_path, tmp_path / "thesis.txt"):
         message = f"{place} is in use and holds no run; choose another --run_dir"
         assert refused(place, config()) == message
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from train import rundir
+file = rundir.hold(Path(sys.argv[1]), print)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_living_run_keeps_others_out_until_it_is_killed(run_dir):
+    command = [sys.executable, "-c", HOLDS, str(run_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        message = f"{run_dir} is written to by process {holder.pid} on {platform.node()}; wait"
+        for enter in (rundir.check_free, lambda place: rundir.hold(place, pytest.fail)):
+            with pytest.raises(UserError) as raised:
+                enter(run_dir)
+            assert str(raised.value).startswith(message)
+        holder.kill()
+    rundir.check_free(run_dir)
+    with rundir.hold(run_dir, pytest.fail):
+        assert f"process {os.getpid()} on" in (run_dir / "lock").read_text()
+        rundir.check(run_dir, config("--resume"))
+
+
+def test_what_a_killed_beginning_left_may_be_used(tmp_path):
+    rundir.hold(tmp_path, pytest.fail).close()
+    rundir.check(tmp_path, config())
+
+
+def test_a_file_system_without_locks_is_said(run_dir, monkeypatch):
+    def none(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    rundir.check_free(run_dir)
+    said = []
+    rundir.hold(run_dir, said.append).close()
+    (line,) = said
+    assert line.startswith(f"warning: {run_dir} cannot be locked (No locks available): see that")
 
 
 def test_other_data(run_dir):
