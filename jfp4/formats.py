@@ -157,7 +157,8 @@ def to_bits(codes: Float[Array, "..."], format: str) -> UInt8[Array, "..."]:
     """The 4-bit pattern of each code: sign in bit 3, index into the grid in bits 0 to 2.
 
     Args:
-        codes: values on the grid of ``format``, any float dtype.
+        codes: values on the grid of ``format``, any float dtype. What is none of them goes down to
+            the next in magnitude, and NaN, which has no pattern, to zero.
         format: a 4-bit format.
 
     Raises:
@@ -172,7 +173,13 @@ def to_bits(codes: Float[Array, "..."], format: str) -> UInt8[Array, "..."]:
 
 
 def from_bits(bits: UInt8[Array, "..."], format: str) -> Float[Array, "..."]:
-    """Inverse of ``to_bits``: codes in the format's one-byte dtype; higher bits are ignored."""
+    """Inverse of ``to_bits``: codes in the format's one-byte dtype; higher bits are ignored.
+
+    Raises:
+        TypeError: ``bits`` is not of uint8.
+        ValueError: ``format`` is unknown or not a 4-bit one.
+    """
+    _check_bytes("bits", bits)
     f = _four_bit(format)
     patterns = f.grid.astype(f.dtype).view(np.uint8)
     index, byte = bits & 7, (bits & 8) << 4
@@ -187,7 +194,7 @@ def pack(codes: Float[Array, "*b n"], format: str = "e2m1") -> UInt8[Array, "*b 
     """Packs two 4-bit codes a byte along the last axis, the earlier one in the low nibble.
 
     Args:
-        codes: values on the grid of ``format``, any float dtype.
+        codes: values on the grid of ``format``, any float dtype; others as in ``to_bits``.
         format: a 4-bit format.
 
     Returns:
@@ -207,12 +214,19 @@ def unpack(packed: UInt8[Array, "*b p"], n: int, format: str = "e2m1") -> Float[
     """Inverse of ``pack``; ``n`` is the last axis before packing, since padding hides its parity.
 
     Raises:
+        TypeError: ``packed`` is not of uint8.
         ValueError: ``format`` is not a 4-bit one, or ``n`` codes do not fill ``p`` bytes.
     """
+    _check_bytes("packed", packed)
     if packed.ndim == 0 or packed.shape[-1] != (n + 1) // 2:
         raise ValueError(f"packed has shape {packed.shape}; {n} codes take {(n + 1) // 2} bytes")
     bits = jnp.stack([packed & 15, packed >> 4], axis=-1)
     return from_bits(bits.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :n], format)
+
+
+def _check_bytes(name: str, array: UInt8[Array, "..."]) -> None:
+    if array.dtype != jnp.uint8:
+        raise TypeError(f"{name} is {array.dtype}; expected uint8")
 
 
 def _four_bit(format: str) -> Format:

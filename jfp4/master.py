@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, UInt32
 
+from jfp4.ops.quantize import check_float
 from jfp4.ops.rounding import random_bits, round_to_dtype, stochastic_key
 from jfp4.ops.slices import is_slices, update_by_slices
 from jfp4.optim import norm_and_finite, numbered
@@ -44,6 +45,7 @@ def encode(params: Any, format: str, mask: Any = None) -> Any:
         a plausible number.
 
     Raises:
+        TypeError: a leaf is not an array of floats.
         ValueError: unknown format.
     """
     if format not in FORMATS:
@@ -54,11 +56,12 @@ def encode(params: Any, format: str, mask: Any = None) -> Any:
         mask = jax.tree.map(lambda _: True, params)
     dtype = jnp.dtype(format)
 
-    def stored(value: Array, narrow: bool) -> Array:
+    def stored(path: tuple[Any, ...], value: Array, narrow: bool) -> Array:
+        check_float(value, f"params{jax.tree_util.keystr(path)}")
         value = value.astype(jnp.float32)
         return _store(value, dtype, None) if narrow and dtype != jnp.float32 else value
 
-    return jax.tree.map(stored, params, mask)
+    return jax.tree_util.tree_map_with_path(stored, params, mask)
 
 
 @jax.custom_vjp

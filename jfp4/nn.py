@@ -97,12 +97,18 @@ class Linear(nnx.Linear):
             self.prepared = Prepared(prepare(self.kernel[...], self.recipe))
 
     def __call__(self, inputs: Float[Array, "*b k"], out_sharding: Any = None) -> Array:
-        """Applies the layer along the last axis: [..., in_features] to [..., out_features]."""
+        """Applies the layer along the last axis: [..., in_features] to [..., out_features].
+
+        Raises:
+            ValueError: ``inputs`` is of another shape; and as ``linear`` does.
+        """
         if not self.recipe.quantizes:
             return super().__call__(inputs, out_sharding)
         if out_sharding is not None:
             raise ValueError(f"out_sharding={out_sharding}; expected None for a quantised layer")
         inputs = jnp.asarray(inputs)
+        if inputs.shape[-1:] != (self.in_features,):
+            raise ValueError(f"inputs has shape {inputs.shape}; expected [..., {self.in_features}]")
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         x = inputs.astype(self.dtype or jnp.promote_types(inputs.dtype, kernel.dtype))

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
+import numbers
 import types
 import typing
 from typing import Any, Literal
@@ -38,6 +39,11 @@ def check_dge(k: float, cap: float, prefix: str = "") -> None:
         raise ValueError(f"{prefix}cap={cap} is out of range; expected {prefix}cap > 0, finite")
 
 
+def is_count(value: Any) -> bool:
+    """Whether it is a positive integer."""
+    return isinstance(value, numbers.Integral) and int(value) > 0
+
+
 def check_occ(alpha: float, sample: int | None, prefix: str = "") -> None:
     """Raises ValueError unless ``alpha`` is in (0.5, 1] and ``sample`` is None or positive.
 
@@ -47,10 +53,8 @@ def check_occ(alpha: float, sample: int | None, prefix: str = "") -> None:
         raise ValueError(
             f"{prefix}alpha={alpha} is out of range; expected 0.5 < {prefix}alpha <= 1"
         )
-    if sample is not None and sample < 1:
-        raise ValueError(
-            f"{prefix}sample={sample} is out of range; expected a positive count or None"
-        )
+    if sample is not None and not is_count(sample):
+        raise ValueError(f"{prefix}sample={sample}; expected a positive integer or None")
 
 
 @dataclasses.dataclass(frozen=True)

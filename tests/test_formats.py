@@ -260,3 +260,16 @@ def test_packing_refuses_what_it_cannot_hold():
             unpack(jnp.zeros(2, jnp.uint8), n)
     with pytest.raises(ValueError, match=r"packed has shape \(\)"):
         unpack(jnp.uint8(0), 1)
+    for take, name in (
+        (lambda x: unpack(x, 2), "packed"),
+        (lambda x: formats.from_bits(x, "e2m1"), "bits"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} is int32; expected uint8"):
+            take(jnp.zeros(1, jnp.int32))
+
+
+def test_what_is_no_code_is_stored_as_the_next_one_down():
+    stored = formats.from_bits(
+        formats.to_bits(jnp.float32([1.99, -5.9, jnp.inf, jnp.nan]), "e2m1"), "e2m1"
+    )
+    np.testing.assert_array_equal(stored.astype(jnp.float32), [1.5, -4, 6, 0])

@@ -61,6 +61,8 @@ def test_the_mask_and_float32_leave_values_as_they_are():
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (params, same)), strict=True))
     with pytest.raises(ValueError, match="format='fp16' is unknown; expected one of float32, fl"):
         master.encode(params, "fp16")
+    with pytest.raises(TypeError, match=r"params\['w'\]\[0\] is int32; expected an array"):
+        master.encode({"w": [jnp.arange(3)]}, "float16")
 
 
 @pytest.mark.parametrize("format", [*NARROW, "float32"])

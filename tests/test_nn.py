@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +124,11 @@ def test_errors():
 def test_a_refused_input_leaves_the_statistics_as_they_were(recipe):
     layer = make(Linear, recipe=recipe)
     old = [None if stat is None else np.asarray(stat) for stat in stats(layer)]
-    with pytest.raises(ValueError, match=rf"x has shape \(4, {K - 1}\)"):
-        layer(np.ones((4, K - 1), np.float32))
+    for shape in ((4, K - 1), ()):
+        with pytest.raises(ValueError, match=rf"inputs has shape {re.escape(str(shape))}; expect"):
+            layer(np.ones(shape, np.float32))
+    with pytest.raises(TypeError, match="x is complex64"):
+        layer(np.ones((4, K), np.complex64))
     for stat, before in zip(stats(layer), old, strict=True):
         np.testing.assert_array_equal(stat, before)
 

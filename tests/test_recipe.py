@@ -42,6 +42,7 @@ def test_the_default_is_the_paper():
         ({"occ_alpha": 1.01}, ["alpha=1.01"]),
         ({"occ_alpha": float("nan")}, ["alpha=nan"]),
         ({"occ_sample": 0}, ["sample=0"]),
+        ({"occ_sample": 1.5}, ["sample=1.5"]),
         ({"x_format": "e4m3"}, ["occ_alpha", "x_format", "e4m3"]),
         ({"x_shift": "midrange"}, ["x_shift", "occ_alpha"]),
         ({"skip": "*lm_head*"}, ["skip='*lm_head*'", "tuple"]),

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from jfp4.recipe import check_choices
+from jfp4.recipe import check_choices, is_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,10 @@ class LlamaConfig:
         for field in (
             "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim"
         ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}; expected a positive number")
-        if self.loss_chunk is not None and self.loss_chunk < 1:
-            raise ValueError(f"loss_chunk={self.loss_chunk}; expected a positive number or None")
+            if not is_count(getattr(self, field)):
+                raise ValueError(f"{field}={getattr(self, field)}; expected a positive integer")
+        if self.loss_chunk is not None and not is_count(self.loss_chunk):
+            raise ValueError(f"loss_chunk={self.loss_chunk}; expected a positive integer or None")
         for field in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field}={getattr(self, field)}; expected a positive number")

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
@@ -108,8 +109,10 @@ class Llama(nnx.Module):
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s v"]:
         """Logits of the next token at every position, in float32.
 
+        Where an id is not in [0, vocab_size) they are NaN, and may be elsewhere too.
+
         Raises:
-            ValueError: ``tokens`` is not a matrix of integers.
+            ValueError: ``tokens`` is not a matrix of integers, or has none.
         """
         return self._logits(self._decode(tokens)).astype(jnp.float32)
 
@@ -122,9 +125,10 @@ class Llama(nnx.Module):
         would have other ones.
 
         Raises:
-            ValueError: ``tokens`` or ``targets`` is not a matrix of integers, they differ in shape,
-                or ``config.loss_chunk`` asks for chunks of a quantised head.
+            ValueError: ``tokens`` or ``targets`` is not a matrix of integers or has none, they
+                differ in shape, or ``config.loss_chunk`` asks for chunks of a quantised head.
         """
+        check_tokens(tokens, "tokens")
         check_tokens(targets, "targets")
         if targets.shape != tokens.shape:
             raise ValueError(
@@ -192,6 +196,9 @@ class Llama(nnx.Module):
 
     def _embedded(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         embed, parts = self._loaded(self.embed), batch_shards()
+        # What is no id has NaN, but negative ones would count from the end.
+        tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
+        tokens = jnp.where(tokens < 0, embed.num_embeddings, tokens)
         if parts == 1:
             return embed(tokens)
         # As with the head, each part of the batch has a gradient of its own until they are summed.
@@ -338,9 +345,13 @@ def by_layers(params: nnx.State) -> nnx.State:
 
 
 def check_tokens(tokens: Array, name: str) -> None:
-    """Raises ValueError, naming the argument, unless ``tokens`` is a matrix of integers."""
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"{name} is {tokens.dtype}{list(tokens.shape)}; expected [b, s] integers")
+    """Raises ValueError, naming the argument, unless ``tokens`` is a matrix of some integers."""
+    if not isinstance(tokens, jax.Array | np.ndarray):
+        raise ValueError(f"{name} is a {type(tokens).__name__}; expected an array [b, s] of ids")
+    if tokens.ndim != 2 or tokens.size == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} is {tokens.dtype}{list(tokens.shape)}; expected [b, s] integers, and some"
+        )
 
 
 def attend(

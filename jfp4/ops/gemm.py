@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 from jfp4.formats import FORMATS, Format, get_format, unpack
 from jfp4.ops import dge, ffi, partition
 from jfp4.ops.partition import IN_FLOAT32, Part, Reduction, Rule
+from jfp4.ops.quantize import check_float
 from jfp4.qtensor import PackedQTensor, QTensor
 
 _E5M2 = FORMATS["e5m2"].dtype
@@ -86,7 +87,8 @@ def gemm(
         The product, [m, n].
 
     Raises:
-        TypeError: ``a`` or ``b`` is neither a QTensor nor a PackedQTensor.
+        TypeError: ``a`` or ``b`` is neither a QTensor nor a PackedQTensor, or ``bias`` not an array
+            of floats.
         ValueError: an operand is not a matrix, the contraction axes differ in length, a scale
             varies along the contraction, a scale or shift is of another shape than its codes ask
             for, codes are packed along another axis, or ``bias`` is not of length n.
@@ -331,5 +333,8 @@ def _check_operands(
             f"a has shape {a.shape} and b {b.shape}; expected the contraction lengths "
             f"{a.shape[1]} and {b.shape[0]} to be equal"
         )
-    if bias is not None and bias.shape != (b.shape[1],):
+    if bias is None:
+        return
+    check_float(bias, "bias")
+    if bias.shape != (b.shape[1],):
         raise ValueError(f"bias has shape {bias.shape}; expected ({b.shape[1]},)")

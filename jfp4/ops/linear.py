@@ -88,22 +88,24 @@ def linear(
         The layer's output in ``x``'s dtype.
 
     Raises:
-        TypeError: ``x`` or ``w`` is not an array of floats.
+        TypeError: ``x``, ``w`` or ``bias`` is not an array of floats.
         ValueError: shapes that do not fit, an unknown recipe, a calibration that lacks what the
-            recipe needs or has what it does not, or a prepared weight of another shape or recipe.
+            recipe needs or has what it does not, a prepared weight of another shape or recipe, or
+            either of them where the recipe quantises nothing.
     """
     recipe = get_recipe(recipe)
     _check_shapes(x, w, bias)
-    if not recipe.quantizes and prepared is not None:
-        raise ValueError("prepared is a PreparedWeight; expected None, as recipe quantises nothing")
+    if recipe.quantizes:
+        _check_prepared(prepared, recipe, w.shape)
+        _check_calibration(calibration, recipe, w.shape[0])
+    else:
+        _check_none(calibration=calibration, prepared=prepared)
     if not recipe.quantizes or x.size == 0:
         y = jnp.matmul(x, w.astype(x.dtype))
         return y if bias is None else y + bias.astype(y.dtype)
     tokens = x.reshape(-1, x.shape[-1])
     if calibration is None:
         calibration = calibrate(tokens, recipe)
-    _check_calibration(calibration, recipe, w.shape[0])
-    _check_prepared(prepared, recipe, w.shape)
     y = _linear(recipe, *varying_alike((tokens, w, bias, calibration, prepared)))
     return y.reshape(*x.shape[:-1], w.shape[1])
 
@@ -305,6 +307,8 @@ def _divided(
 def _check_shapes(x: Array, w: Array, bias: Array | None) -> None:
     check_float(x, "x")
     check_float(w, "w")
+    if bias is not None:
+        check_float(bias, "bias")
     if x.ndim == 0 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
         raise ValueError(
             f"x has shape {x.shape} and w {w.shape}; expected x [..., k] and w [k, n] with equal k"
@@ -313,7 +317,17 @@ def _check_shapes(x: Array, w: Array, bias: Array | None) -> None:
         raise ValueError(f"bias has shape {bias.shape}; expected ({w.shape[1]},)")
 
 
-def _check_calibration(calibration: Calibration, recipe: Recipe, k: int) -> None:
+def _check_none(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} is a {type(value).__name__}; expected None, as recipe quantises nothing"
+            )
+
+
+def _check_calibration(calibration: Calibration | None, recipe: Recipe, k: int) -> None:
+    if calibration is None:
+        return
     clamp = None if recipe.occ_alpha is None else ()
     mean = (1, k) if recipe.x_shift == "mean" else None
     for name, field, expected in (

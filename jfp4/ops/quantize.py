@@ -47,7 +47,7 @@ def quantize(
         format: element format of the codes.
         shift: None; "midrange", ``max/2 + min/2`` over ``axis``; "mean", the mean over every
             other axis (for activations, a vector of length k); or the shift itself, float32, of
-            ``x``'s rank.
+            ``x``'s rank and along each axis of its size or 1.
         dtype: what carries the codes; None is the format's one-byte dtype. A wider one saves the
             conversions where codes are multiplied at once and not kept; no kernel writes it.
 
@@ -55,9 +55,9 @@ def quantize(
         A QTensor of ``x``'s shape.
 
     Raises:
-        TypeError: ``x`` is not an array of floats.
-        ValueError: unknown ``format`` or ``shift``, an ``axis`` that ``x`` does not have, or a
-            ``dtype`` that does not hold the format's codes.
+        TypeError: ``x`` or ``shift`` is not an array of floats.
+        ValueError: unknown ``format`` or ``shift``, a shift of another shape, an ``axis`` that
+            ``x`` does not have, or a ``dtype`` that does not hold the format's codes.
     """
     x, axis, offset = _shifted(x, axis, format, shift)
     if dtype is not None and not get_format(format).fits(dtype):
@@ -345,12 +345,17 @@ def resolve_shift(
     """The shift as an array of ``x``'s rank; see ``quantize``.
 
     Raises:
-        ValueError: a name that is not in ``SHIFTS``, an array of another rank, or a mean over
+        TypeError: it is no name and no array of floats.
+        ValueError: a name that is not in ``SHIFTS``, an array of another shape, or a mean over
             tokens where there is no axis to tell tokens apart.
     """
     if not isinstance(shift, str):
-        if shift.ndim != x.ndim:
-            raise ValueError(f"shift has shape {shift.shape}; expected the rank of x, {x.shape}")
+        check_float(shift, "shift")
+        sizes = zip(shift.shape, x.shape, strict=False)
+        if shift.ndim != x.ndim or any(own not in (1, size) for own, size in sizes):
+            raise ValueError(
+                f"shift has shape {shift.shape}; expected x's, {x.shape}, or 1 along some axes"
+            )
         return jnp.asarray(shift, jnp.float32)
     if shift == "midrange":
         high = jnp.max(x, axis=axis, keepdims=True)

@@ -10,7 +10,7 @@ from jfp4.models.config import MODELS, LlamaConfig
 @pytest.mark.parametrize(
     "field", ["vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim"]
 )
-@pytest.mark.parametrize("value", [0, -2])
+@pytest.mark.parametrize("value", [0, -2, 512.0])
 def test_sizes_are_positive(field, value):
     with pytest.raises(ValueError, match=f"^{field}={value}; expected a positive"):
         LlamaConfig(**{field: value})

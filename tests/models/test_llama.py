@@ -756,8 +756,13 @@ def test_fp4_overfits_a_batch():
 
 @pytest.mark.parametrize(
     "tokens",
-    [np.zeros(3, np.int32), np.zeros((1, 2, 3), np.int32), np.zeros((2, 3), np.float32)],
-    ids=["vector", "three axes", "floats"],
+    [
+        np.zeros(3, np.int32),
+        np.zeros((1, 2, 3), np.int32),
+        np.zeros((2, 3), np.float32),
+        np.zeros((2, 0), np.int32),
+    ],
+    ids=["vector", "three axes", "floats", "none"],
 )
 def test_errors_describe_the_tokens(tokens):
     with pytest.raises(ValueError, match=r"tokens is (int32|float32)\[.*\]; expected \[b, s\] int"):
@@ -766,6 +771,25 @@ def test_errors_describe_the_tokens(tokens):
         ValueError, match=r"targets is (int32|float32)\[.*\]; expected \[b, s\] int"
     ):
         make().loss(TOKENS, tokens)
+
+
+def test_a_list_is_no_array_of_tokens():
+    for name, arguments in (("tokens", ([[1]], TOKENS)), ("targets", (TOKENS, [[1]]))):
+        with pytest.raises(ValueError, match=rf"{name} is a list; expected an array \[b, s\]"):
+            make().loss(*arguments)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp4"])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32])
+def test_what_is_no_token_is_nan_and_no_other_token(recipe, dtype):
+    """Negative ids, such as a loader's padding, would count from the vocabulary's end."""
+    model = make(recipe=recipe)
+    tokens = TOKENS.astype(dtype)
+    assert np.all(np.isfinite(call(model, tokens)))
+    for wrong in {np.iinfo(dtype).min, np.iinfo(dtype).max, -1} - {0}:
+        with np.errstate(over="ignore"):
+            tokens[0, 1] = np.int64(wrong).astype(dtype)
+        assert np.all(np.isnan(call(model, tokens)[0, 1]))
 
 
 @pytest.mark.parametrize("recipe", [FP4, change(FP4, skip=())], ids=["plain", "quantised head"])

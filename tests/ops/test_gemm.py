@@ -246,3 +246,5 @@ def test_errors_name_the_operand_and_the_shapes():
         gemm(a, PackedQTensor.pack(quantized(gaussian(25, 8, 5), 1)))
     with pytest.raises(ValueError, match=r"bias has shape \(4,\); expected \(5,\)"):
         gemm(a, b, bias=np.zeros(4, np.float32))
+    with pytest.raises(TypeError, match="bias is complex64"):
+        gemm(a, b, bias=np.zeros(5, np.complex64))

@@ -443,6 +443,23 @@ def test_errors_name_the_argument(recipe):
 def test_refuses_a_prepared_weight_that_nothing_reads():
     with pytest.raises(ValueError, match="prepared is a PreparedWeight; expected None"):
         linear(X, W, "bf16", prepared=prepare(W, "fp4"))
+    with pytest.raises(ValueError, match="calibration is a Calibration; expected None"):
+        linear(X, W, "bf16", calibration=Calibration())
+
+
+def test_no_tokens_are_checked_like_some():
+    with pytest.raises(ValueError, match=r"calibration.lo has shape None"):
+        linear(X[:0], W, "fp4", calibration=Calibration())
+    with pytest.raises(ValueError, match="prepared has shape"):
+        linear(X[:0], W, "fp4", prepared=prepare(W[:, 1:], "fp4"))
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp4"])
+def test_a_bias_is_an_array_of_floats(recipe):
+    bias = np.ones(W.shape[1])
+    for wrong, kind in ((bias.astype(np.complex64), "complex64"), (bias.tolist(), "list")):
+        with pytest.raises(TypeError, match=f"bias is {kind}; expected an array of a floating"):
+            linear(X, W, recipe, bias=wrong)
 
 
 def test_refuses_a_calibration_that_lacks_something():

@@ -164,8 +164,9 @@ def test_refuses_alpha(alpha):
 
 
 def test_refuses_what_has_no_quantile():
-    with pytest.raises(ValueError, match="sample=0"):
-        thresholds(np.ones(3, np.float32), sample=0)
+    for sample in (0, 1.5):
+        with pytest.raises(ValueError, match=f"sample={sample}; expected a positive integer"):
+            thresholds(np.ones(3, np.float32), sample=sample)
     with pytest.raises(ValueError, match=r"x has shape \(0, 4\)"):
         thresholds(np.ones((0, 4), np.float32))
     large = jax.ShapeDtypeStruct((2**21, 2**10), jnp.bfloat16)

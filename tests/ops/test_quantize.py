@@ -1,6 +1,7 @@
 """Scales, shifts and codes, bit for bit those of the oracle."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -276,8 +277,12 @@ def test_refuses_unknown_names_and_shifts_that_do_not_fit():
         quantize(x, 1, shift="median")
     with pytest.raises(ValueError, match=r"shift='mean' .*axis"):
         quantize(x, None, shift="mean")
-    with pytest.raises(ValueError, match=r"shift has shape \(4,\)"):
-        quantize(x, 1, shift=jnp.zeros(4))
+    # Larger ones would have stretched x.
+    for shape in ((4,), (3, 5), (2, 1), (1, 3, 4)):
+        with pytest.raises(ValueError, match=rf"shift has shape {re.escape(str(shape))}; expect"):
+            quantize(x[:, :1] if shape == (3, 5) else x, 1, shift=jnp.zeros(shape))
+    with pytest.raises(TypeError, match="shift is int32"):
+        quantize(x, 1, shift=jnp.zeros((3, 4), jnp.int32))
 
 
 @pytest.mark.parametrize(("format", "dtype"), [("e2m1", "int8"), ("e4m3", "float8_e5m2")])
