@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import psutil
 from orbax.checkpoint._src.metadata.array_metadata_store import Store  # exported nowhere
 
 from train.config import CheckpointConfig
 from train.errors import UserError
+from train.host import free_memory
 from train.step import TrainState
 
 CHUNK = 64 * 2**20
@@ -33,19 +33,21 @@ class Checkpoints:
     A save is complete or absent: orbax writes beside its place and renames, so a run killed in the
     middle of one resumes from the one before.
 
+    ``sharers`` are the run's processes on this host, which save at the same time.
+
     Attributes:
         host_bytes: of a state that may be copied to host memory whole, to be written while the run
             goes on. What is larger is saved in parts of at most as much, or of one array, and the
             run waits.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, sharers: int = 1) -> None:
         # Orbax reports every step of its own, and as a traceback each error that it raises too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if config.host_gib is None:
             # What is copied stands twice, as it came from the device and as it is written, and
             # the memory of this moment is not all there will be.
-            self.host_bytes = psutil.virtual_memory().available // 4
+            self.host_bytes = free_memory() // (4 * sharers)
         else:
             self.host_bytes = int(config.host_gib * 2**30)
         types = ocp.type_handlers.create_type_handler_registry(

@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from train.config import parse_flags, report_error
+from jfp4.recipe import RECIPES
+from train.config import parse_flags, report_error, sent_in
 from train.errors import UserError
 from train.plot import save_loss_plot
 from train.rundir import FREE_OF_MODEL
@@ -63,7 +64,7 @@ class RunSummary:
     """Name of its directory."""
 
     recipe: str
-    """Quantisation preset."""
+    """Quantisation preset, with the fields in which the run's recipe is another."""
 
     seed: int
     """Seed of the initial weights and of the data order."""
@@ -154,7 +155,7 @@ def summarize(run_dir: str | os.PathLike[str]) -> RunSummary:
             config[key]
         return RunSummary(
             name=Path(run_dir).resolve().name,
-            recipe=config["recipe"],
+            recipe=_recipe(config),
             seed=config["seed"],
             steps=last["step"],
             planned_steps=config["steps"],
@@ -187,6 +188,7 @@ def differing_fields(runs: Sequence[RunSummary]) -> list[str]:
         "steps": [_steps(run) for run in runs],
         "lr": [str(run.config.get("lr")) for run in runs],
         "optimizer": [_optimizer(run, runs) for run in runs],
+        "grad_comm": [_grad_comm(run.config) for run in runs],
         "step of the last evaluation": [str(run.valid_step) for run in runs],
         "eval_batches": [str(run.config.get("eval_batches")) for run in runs],
         "model": [_model(run, runs) for run in runs],
@@ -299,6 +301,17 @@ def _model(run: RunSummary, runs: Sequence[RunSummary]) -> str:
     ]
     overridden = _differing(run.config.get("llama", {}), fields, _SAME_MODEL)
     return " ".join([run.config["model"], *overridden])
+
+
+def _recipe(config: dict[str, Any]) -> str:
+    """The preset's name, with what overrides have made of it."""
+    own, preset = config.get("quantization", {}), RECIPES.get(config["recipe"])
+    of_preset = {} if preset is None else json.loads(json.dumps(asdict(preset)))
+    return " ".join([config["recipe"], *_differing(own, [of_preset], ())])
+
+
+def _grad_comm(config: Mapping[str, Any]) -> str:
+    return sent_in(config.get("grad_comm"), config.get("optimizer", {}).get("master"))
 
 
 def _optimizer(run: RunSummary, runs: Sequence[RunSummary]) -> str:

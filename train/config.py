@@ -121,6 +121,10 @@ class OptimizerConfig:
         holds = self.master != "bfloat16" or self.accumulation <= 256
         most = "<= 256 with optimizer.master=bfloat16"
         _require(holds, "optimizer.accumulation", self.accumulation, most)
+        kept = (self.first_moment, self.second_moment)
+        rounded = self.rounding == "nearest" or set(kept) != {"float32"}
+        some = "nearest where both moments are float32, which nothing rounds"
+        _require(rounded, "optimizer.rounding", self.rounding, some)
         _require(self.max_skipped >= 1, "optimizer.max_skipped", self.max_skipped, ">= 1")
 
 
@@ -137,7 +141,7 @@ class CheckpointConfig:
     host_gib: float | None = None
     """Largest state, in GiB of this process's devices, that is copied to host memory whole and
     written while training goes on; a larger one goes in parts of that size, and training waits.
-    None: a quarter of the memory that is free when the run begins."""
+    None: a quarter of the memory that is free when the run begins, shared by a host's processes."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
@@ -248,9 +252,7 @@ class TrainConfig:
     @property
     def gradients_sent_in(self) -> GradComm:
         """``grad_comm``, or where it is None what gradients are kept in."""
-        if self.grad_comm is not None:
-            return self.grad_comm
-        return "bfloat16" if self.optimizer.master == "bfloat16" else "float32"
+        return sent_in(self.grad_comm, self.optimizer.master)
 
     def __post_init__(self) -> None:
         _require_known("model", self.model, MODELS)
@@ -284,6 +286,13 @@ class TrainConfig:
             self.batch_size,
             f"a multiple of optimizer.accumulation, {accumulation}",
         )
+
+
+def sent_in(grad_comm: GradComm | None, master: str | None) -> GradComm:
+    """What gradients are sent in, with these values of ``grad_comm`` and ``optimizer.master``."""
+    if grad_comm is not None:
+        return grad_comm
+    return "bfloat16" if master == "bfloat16" else "float32"
 
 
 def parse(args: Sequence[str]) -> TrainConfig:

@@ -59,7 +59,8 @@ def train(
         UserError: the gradient was not finite too often in a row, or a checkpoint does not fit.
         OSError: something could not be written.
     """
-    with closing(Checkpoints(run_dir, config.checkpoint)) as checkpoints:
+    sharers = processes.on_this_host()
+    with closing(Checkpoints(run_dir, config.checkpoint, sharers)) as checkpoints:
         start = checkpoints.latest() or 0
         state = (
             checkpoints.restore(start, trainer.abstract_state()) if start else trainer.placed_init()

@@ -16,6 +16,7 @@ from rich.table import Table
 from jfp4.ops.cross_entropy import chunk_size
 from train.config import TrainConfig
 from train.deterministic import fix_order_of_attention
+from train.host import total_memory
 from train.placement import Placement
 from train.step import Trainer
 
@@ -218,7 +219,7 @@ def device_memory() -> tuple[int, str]:
     stats = None if device.platform == "cpu" else device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]), device.device_kind
-    return int(psutil.virtual_memory().total), "this machine"
+    return total_memory(), "this machine"
 
 
 def peak_bytes() -> int | None:

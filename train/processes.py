@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import sys
 import traceback
@@ -151,6 +152,11 @@ def agreed(make: Callable[[], str]) -> list[str]:
     if wrong:
         raise UserError("; ".join(f"process {number}: {text}" for text, number in wrong.items()))
     return texts
+
+
+def on_this_host() -> int:
+    """How many of the run's processes are on this one's host; all of them have to ask."""
+    return agreed(platform.node).count(platform.node())
 
 
 def preempted(step: int) -> bool:

@@ -1,7 +1,6 @@
 """The run directory: what it is of, and whether a run may begin or go on in it."""
 
-import dataclasses
-import fcntl
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from train.config import TrainConfig, differences, to_dict
+from train.config import TrainConfig, differences, sent_in, to_dict
 from train.errors import UserError
 
 CONFIG, LOCK = "config.json", "lock"
@@ -27,6 +26,9 @@ float32 numbers are added (data goes by content)."""
 FREE_OF_MODEL = ("remat", "loss_chunk", "attention")
 """Fields of the model that may change too: they say how it is computed, within rounding, and no
 shape of it. Another mesh may need others."""
+
+FREE_OF_OPTIMIZER = ("max_skipped",)
+"""The optimizer's: when a run gives up."""
 
 
 def check(run_dir: Path, config: TrainConfig) -> None:
@@ -61,7 +63,7 @@ def check_free(run_dir: Path) -> None:
     """
     try:
         with (run_dir / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _lock(file)
     except BlockingIOError:
         raise _in_use(run_dir) from None
     except OSError:
@@ -81,7 +83,7 @@ def hold(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / LOCK).open("a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file, alone=True)
     except BlockingIOError:
         file.close()
         raise _in_use(run_dir) from None
@@ -94,9 +96,18 @@ def hold(run_dir: Path, say: Callable[[str], None]) -> IO[str]:
     return file
 
 
+def _lock(file: IO[str], *, alone: bool = False) -> None:
+    """Locks a file, for this process alone or among readers; BlockingIOError if another has."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        raise OSError(errno.ENOLCK, "this system has no such locks") from None
+    fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+
 def _in_use(run_dir: Path) -> UserError:
     holder = (run_dir / LOCK).read_text().strip() or "another process"
-    return UserError(f"{run_dir} is written to by {holder}; wait for it, or choose another --run_dir")
+    return UserError(f"{run_dir} is written to by {holder}; wait, or choose another --run_dir")
 
 
 def check_data(run_dir: Path, fingerprint: str) -> None:
@@ -187,15 +198,17 @@ def write(
 
 def identity(config: TrainConfig) -> str:
     """A digest of the settings that have a part in the parameters, or in all processes' program."""
-    same = _identity(to_dict(config)) | {"llama": dataclasses.asdict(config.llama)}
+    whole = to_dict(config)
+    same = _identity(whole) | {group: whole[group] for group in ("llama", "optimizer")}
     return hashlib.sha256(json.dumps(same).encode()).hexdigest()
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     same = {name: value for name, value in config.items() if name not in FREE}
-    model = same.get("llama")
-    if isinstance(model, dict):
-        same["llama"] = {name: value for name, value in model.items() if name not in FREE_OF_MODEL}
+    for group, free in (("llama", FREE_OF_MODEL), ("optimizer", FREE_OF_OPTIMIZER)):
+        fields = same.get(group, {})
+        same[group] = {name: value for name, value in fields.items() if name not in free}
+    same["grad_comm"] = sent_in(same.get("grad_comm"), same["optimizer"].get("master"))
     return same
 
 

@@ -263,6 +263,13 @@ def test_a_state_that_the_host_may_hold_is_copied_and_written_later(tmp_path):
         assert checkpoints.in_parts(state_of(1, size=17))
 
 
+def test_processes_of_one_host_share_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.checkpoint.free_memory", lambda: 2**30)
+    for sharers in (1, 8):
+        with closing(Checkpoints(tmp_path, CheckpointConfig(), sharers)) as checkpoints:
+            assert checkpoints.host_bytes == 2**28 // sharers
+
+
 # Saves 256 MiB that cannot be compressed, and prints by how much the process grew.
 SAVES = """
 import sys

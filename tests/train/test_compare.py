@@ -5,9 +5,11 @@ import math
 import struct
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
+from jfp4.recipe import RECIPES
 from train.compare import differing_fields, main, read_metrics, summarize
 from train.errors import UserError
 
@@ -217,6 +219,23 @@ def test_optimizers_are_compared_field_by_field(tmp_path):
     b = write_run(tmp_path / "b", [3.0], lr=2e-3, optimizer=of_b)
     fields = differing_fields([summarize(run) for run in (a, b)])
     assert fields == ["lr (0.001, 0.002)", "optimizer (warmup=0.1, warmup=0.2)"]
+
+
+def test_recipes_are_told_apart_by_what_overrides_have_made_of_them(tmp_path):
+    fp4 = json.loads(json.dumps(asdict(RECIPES["fp4"])))
+    plain = write_run(tmp_path / "plain", [3.0], recipe="fp4", quantization=fp4)
+    other = fp4 | {"dge_k": None, "skip": ["*head*"]}
+    ablation = write_run(tmp_path / "ablation", [3.0], recipe="fp4", quantization=other)
+    assert summarize(plain).recipe == "fp4"
+    assert summarize(ablation).recipe == "fp4 dge_k=None skip=['*head*']"
+
+
+def test_what_gradients_are_sent_in_is_compared_as_it_was_resolved(tmp_path):
+    a = write_run(tmp_path / "a", [3.0], optimizer={"master": "bfloat16"}, grad_comm=None)
+    b = write_run(tmp_path / "b", [3.0], optimizer={"master": "bfloat16"}, grad_comm="bfloat16")
+    c = write_run(tmp_path / "c", [3.0], optimizer={"master": "bfloat16"}, grad_comm="fp8")
+    assert differing_fields([summarize(run) for run in (a, b)]) == []
+    assert differing_fields([summarize(run) for run in (a, c)]) == ["grad_comm (bfloat16, fp8)"]
 
 
 def no_config(run):

@@ -110,6 +110,10 @@ def test_json_brings_a_configuration_back(model, recipe):
             "grad_comm=fp8; expected float32 or bfloat16 with recipe=bf16, which quantises nothing",
         ),
         (["--optimizer.accumulation=0"], "optimizer.accumulation=0; expected >= 1"),
+        (
+            ["--optimizer.rounding=stochastic", "--optimizer.master=bfloat16"],
+            "optimizer.rounding=stochastic; expected nearest where both moments are float32",
+        ),
         (["--optimizer.max_skipped=0"], "optimizer.max_skipped=0; expected >= 1"),
         (["--checkpoint.every=-1"], "checkpoint.every=-1; expected >= 0"),
         (["--checkpoint.keep=0"], "checkpoint.keep=0; expected >= 1"),

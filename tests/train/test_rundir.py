@@ -71,11 +71,16 @@ def test_free_fields_may_change(run_dir):
     more = ("--checkpoint.every=0", "--checkpoint.keep=9", "--data=x", "--tokenizer=bytes")
     model = ("--model.remat=full", "--model.attention=cudnn", "--model.loss_chunk=64")
     rundir.check(run_dir, config("--resume", "--profile=3", *free, *more, *model))
+    # What gradients are sent in by default may be said.
+    rundir.check(run_dir, config("--resume", "--grad_comm=float32", "--optimizer.max_skipped=3"))
+    message = refused(run_dir, config("--resume", "--grad_comm=bfloat16"))
+    assert "another configuration: grad_comm (float32, now bfloat16); choose" in message
 
 
 def test_processes_have_the_same_model_to_the_last_field():
     assert rundir.identity(config()) == rundir.identity(config("--log.every=2"))
     assert rundir.identity(config()) != rundir.identity(config("--model.remat=full"))
+    assert rundir.identity(config()) != rundir.identity(config("--optimizer.max_skipped=3"))
 
 
 def test_nothing_to_resume(tmp_path):
