@@ -1,5 +1,6 @@
 """AdamW by its kernel: the chain's step, in the same state and in place."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from jfp4 import master
 from jfp4.adamw import AdamW
 from jfp4.ops import ffi
 from jfp4.ops.slices import Slices
-from jfp4.optim import clip_by_norm
+from jfp4.optim import bound_of_first, clip_by_norm
 
 PARAMS = {
     "stack": np.random.default_rng(0).normal(size=(5, 3, 256)).astype(np.float32),
@@ -82,6 +83,16 @@ def test_a_step_by_the_kernel_is_the_chains(format, first, second, seed):
             # what it is rounded to, which is coarser by 2**13 and more.
             different = np.abs(a - b) > 2.0**-20 * np.max(np.abs(b), initial=0)
             assert np.mean(different) <= max(0.01, 1.5 / a.size)
+
+
+@pytest.mark.parametrize("rates", [(0.99, 0.9), (0.95, 0.9025)])
+def test_a_first_moment_may_outlast_the_second(rates):
+    """Then no ratio bounds it; roots are zero at the first step."""
+    optimizer = dataclasses.replace(optimizer_of("e4m3", "float16"), b1=rates[0], b2=rates[1])
+    assert np.isinf(bound_of_first(*rates))
+    expected, found = (follow(optimizer, "float32", [name] * 3)[0] for name in ("xla", "host"))
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2.0**-20 * np.max(np.abs(b)))
 
 
 @pytest.mark.parametrize("format", ["float32", "float16"])

@@ -1,6 +1,7 @@
 // The call of AdamW's step, common to every platform.
 #pragma once
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -138,7 +139,8 @@ inline ffi::ErrorOr<AdamWParts> AdamWCall::Read(
   args.rest2 = rest2;
   args.eps = eps;
   args.weight_decay = weight_decay;
-  args.bound = bound;
+  args.bound = std::isinf(bound) ? 0 : bound;
+  args.slack = std::isinf(bound) ? bound : 0;
   args.root = root;
   args.stochastic = stochastic;
 

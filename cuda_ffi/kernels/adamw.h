@@ -51,7 +51,9 @@ struct AdamW {
   float b2, rest2;
   float eps;
   float weight_decay;
-  float bound;      // of |first| over the second's root; infinity for none
+  // |first| is clipped to bound * root + slack, where the second moment's root is kept. Slack is 0,
+  // or infinity beside a bound of 0: nothing is clipped, and no infinite bound meets a root of 0.
+  float bound, slack;
   bool root;        // whether the second moment's root is kept, rather than itself
   bool stochastic;  // how moments are rounded; parameters in two bytes always are stochastically
 
@@ -128,7 +130,7 @@ JFP4_HOST_DEVICE void AdvanceMoments(const AdamW& c, const AdamW::Rates& rates, 
                                      float& first, float& second) {
   const float g = Mul(grad, rates.gradient);
   if (c.root) {
-    first = Clip(first, Mul(c.bound, second));
+    first = Clip(first, Fma(c.bound, second, c.slack));
     second = Mul(second, second);
   }
   first = Fma(c.rest1, g, Mul(c.b1, first));

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -64,7 +65,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".")[:3]]
+    # A part may end in letters, such as a release candidate's.
+    return [int(re.sub(r"\D.*", "", part) or 0) for part in version.split(".")[:3]]
 
 
 def _register(module: ModuleType) -> frozenset[str]:
@@ -582,7 +584,7 @@ def adamw(
         b2: decay rate of the second.
         eps: added to the root of the second moment.
         weight_decay: times the learning rate.
-        bound: the first moment is clipped to this many of the second's roots.
+        bound: the first moment is clipped to this many of the second's roots; infinite, to none.
         root: whether the second moment is kept as its root.
         stochastic: whether moments are rounded so.
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32
@@ -13,7 +15,7 @@ from jaxtyping import Array, Float, Float32
 from jfp4.formats import FORMATS, Format, get_format, unpack
 from jfp4.ops import dge, ffi, partition
 from jfp4.ops.partition import IN_FLOAT32, Part, Reduction, Rule
-from jfp4.ops.quantize import check_float
+from jfp4.ops.quantize import check_float, flush
 from jfp4.qtensor import PackedQTensor, QTensor
 
 _E5M2 = FORMATS["e5m2"].dtype
@@ -49,7 +51,8 @@ class Slope:
     @property
     def has_kernel(self) -> bool:
         """Whether a kernel can have it for an epilogue: k = 1 is a constant, better folded."""
-        return self.format in _AS_E2M1 and self.k > 1 and self.w.dtype in _KERNEL_DTYPES
+        fits = np.float32(self.k) > 1 and np.float32(self.cap) > 0
+        return bool(fits) and self.format in _AS_E2M1 and self.w.dtype in _KERNEL_DTYPES
 
 
 def gemm(
@@ -91,9 +94,10 @@ def gemm(
             of floats.
         ValueError: an operand is not a matrix, the contraction axes differ in length, a scale
             varies along the contraction, a scale or shift is of another shape than its codes ask
-            for, codes are packed along another axis, or ``bias`` is not of length n.
+            for, codes are packed along another axis, ``bias`` is not of length n, or ``slope`` is
+            not of the result's shape.
     """
-    _check_operands(a, b, bias)
+    _check_operands(a, b, bias, slope)
     if slope is not None and not slope.has_kernel:
         y = gemm(a, b, bias=bias, promote=promote, reduce=reduce)
         return (y * slope()).astype(out_dtype)
@@ -118,10 +122,12 @@ def gemm(
         """What XLA makes of the sums of codes."""
         u, v, bias, w, w_scale = added
         y = sums * a_scale * b_scale
-        for r in range(0 if u is None else u.shape[1]):  # one by one, as kernels add them
-            y = y + jnp.matmul(u[:, r : r + 1], v[r : r + 1], precision=lax.Precision.HIGHEST)
+        # Terms are added one by one, as kernels add them, to flushed products: so that no compiler
+        # makes one operation of product and sum, which would round once where kernels round twice.
+        for r in range(0 if u is None else u.shape[1]):
+            y = flush(y) + flush(u[:, r : r + 1] * v[r : r + 1])
         if bias is not None:
-            y = y + bias
+            y = flush(y) + bias
         if slope is not None:
             y = y * dataclasses.replace(slope, w=w, scale=w_scale)()
         return y.astype(out_dtype)
@@ -228,7 +234,7 @@ def _shift_term(a: QTensor, b: QTensor) -> tuple[Float32[Array, "m 1"], Float32[
     assert a.shift is not None
     m = a.shape[0]
     if a.shift.shape[1] == 1:  # constant along the contraction: only b's column sums are needed
-        columns = jnp.sum(b.codes.astype(jnp.float32), axis=0, keepdims=True) * b.scale
+        columns = flush(jnp.sum(b.codes.astype(jnp.float32), axis=0, keepdims=True) * b.scale)
         if b.shift is not None:
             columns = columns + jnp.sum(jnp.broadcast_to(b.shift, b.shape), axis=0, keepdims=True)
         return jnp.broadcast_to(a.shift, (m, 1)), columns
@@ -241,10 +247,10 @@ def code_sums(a: QTensor, b: QTensor) -> Float32[Array, "m n"]:
 
     4-bit codes are small multiples of a power of two, so on CPU and TPU their product is one of
     int8 integers into int32, exact at any length that fits (K below 14 million for E2M1), and
-    rounded once if it passes 2**24 lattice units. Eight-bit codes are exact in bfloat16, so their
-    products are exact in float32, and so are the sums while they stay below 2**24 units of the
-    smallest product. GPUs multiply the float8 codes themselves; Hopper's tensor cores keep E2M1
-    sums exact while every partial sum stays below 4096.
+    rounded once if it passes 2**24 lattice units. Those of longer ones, and of eight-bit codes, are
+    computed in bfloat16: it holds every code, so products are exact in float32, and so are the sums
+    while they stay below 2**24 units of the smallest product. GPUs multiply the float8 codes
+    themselves; Hopper's tensor cores keep E2M1 sums exact while every partial sum stays below 4096.
 
     Args:
         a: codes [m, k]; scale and shift are not looked at.
@@ -264,7 +270,8 @@ def bfloat16_sums(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float32[Arr
 
 
 def _sums(a: Array, b: Array, fa: Format, fb: Format) -> Float32[Array, "m n"]:
-    small = fa.bits == 4 and fb.bits == 4
+    largest = math.prod(f.max * f.lattice for f in (fa, fb)) * a.shape[1]
+    small = fa.bits == 4 and fb.bits == 4 and largest < 2**31  # else integers would wrap
     portable = (
         functools.partial(_integer_sums, lattices=(fa.lattice, fb.lattice))
         if small
@@ -305,7 +312,10 @@ def _row_major_matmul(a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
 
 
 def _check_operands(
-    a: QTensor | PackedQTensor, b: QTensor | PackedQTensor, bias: Array | None
+    a: QTensor | PackedQTensor,
+    b: QTensor | PackedQTensor,
+    bias: Array | None,
+    slope: Slope | None,
 ) -> None:
     for name, q, contraction in (("a", a, 1), ("b", b, 0)):
         if not isinstance(q, QTensor | PackedQTensor):
@@ -333,8 +343,16 @@ def _check_operands(
             f"a has shape {a.shape} and b {b.shape}; expected the contraction lengths "
             f"{a.shape[1]} and {b.shape[0]} to be equal"
         )
+    m, n = a.shape[0], b.shape[1]
+    if slope is not None:
+        w, scale = slope.w.shape, slope.scale.shape
+        if w != (m, n) or scale not in ((1, 1), (1, n)):
+            raise ValueError(
+                f"slope has a weight {w} and a scale {scale}; expected {(m, n)} and {(1, n)} or "
+                "(1, 1)"
+            )
     if bias is None:
         return
     check_float(bias, "bias")
-    if bias.shape != (b.shape[1],):
+    if bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}; expected ({b.shape[1]},)")

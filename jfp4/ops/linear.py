@@ -193,7 +193,7 @@ def _fprop(
     # itself, which lives through the step anyway.
     kept_w = jnp.empty(0, w.dtype) if recipe.dge_k is None else w
     dtypes = (jnp.empty(0, x.dtype), None if bias is None else jnp.empty(0, bias.dtype))
-    places = (Place.of(x), Place.of(w))
+    places = (Place.of(x), Place.of(w), Place.of(x if bias is None else bias))
     return y, (xq_t, residual, prepared.dgrad, kept_w, calibration, dtypes, places)
 
 
@@ -211,7 +211,7 @@ def _product(
 
 
 def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
-    xq_t, residual, wq, w, calibration, (x_like, bias_like), (x_place, w_place) = saved
+    xq_t, residual, wq, w, calibration, (x_like, bias_like), places = saved
     for_dgrad, for_wgrad = _fold_and_quantize(recipe, dy, xq_t, wq)
     dy = dy.astype(jnp.float32)
     dx = _dgrad(dy, for_dgrad, wq, x_like.dtype)
@@ -223,7 +223,11 @@ def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, .
     dw = _wgrad(dy, for_wgrad, xq_t, residual, slope, w.dtype)
     dbias = None if bias_like is None else jnp.sum(dy, axis=0).astype(bias_like.dtype)
     zeros = jax.tree.map(jnp.zeros_like, calibration)
-    return x_place.put(dx), w_place.put(dw), dbias, zeros, None
+    of_operands = (
+        None if d is None else place.put(d)
+        for place, d in zip(places, (dx, dw, dbias), strict=True)
+    )
+    return *of_operands, zeros, None
 
 
 _linear.defvjp(_fprop, _backward)

@@ -150,7 +150,9 @@ def order_statistics(
             for b, rank, t, f in zip(below, ranks, trials, found, strict=True)
         )
 
-    start = varying_alike((jnp.array(-(1 << (bits - 1)), integer),) * len(ranks), keys)
+    # Of the keys, in name: what is mapped over explicit axes has to be so from the loop's start.
+    smallest = jnp.where(True, jnp.array(-(1 << (bits - 1)), integer), keys[0])
+    start = varying_alike((smallest,) * len(ranks), keys)
     found = lax.fori_loop(0, bits, narrow, start)
     values = (jnp.where(f < 0, f ^ magnitude_mask, f) for f in found)
     return tuple(lax.bitcast_convert_type(v, x.dtype).astype(jnp.float32) for v in values)
@@ -195,9 +197,11 @@ def quantize_compensated(
         A QTensor of format "e4m3".
 
     Raises:
-        As ``quantize``.
+        TypeError: ``x``, ``lo`` or ``hi`` is not of floats.
+        ValueError: a threshold is no scalar, ``format`` is not a 4-bit one, or ``axis`` is out of
+            range.
     """
-    axis = _checked_axis(x, axis, format)
+    lo, hi, axis = _checked(x, lo, hi, axis, format)
     (q,) = operands(_clamped, _compensate, x, axis, lo, hi, format=format, compensate=True)
     return q
 
@@ -211,7 +215,7 @@ def quantize_compensated_both(
     format: str = "e2m1",
 ) -> tuple[QTensor, ...]:
     """``quantize_compensated`` and its transpose; see ``quantize_both``."""
-    axis = _checked_axis(x, axis, format)
+    lo, hi, axis = _checked(x, lo, hi, axis, format)
     return operands(
         _clamped, _compensate, x, axis, lo, hi, format=format, compensate=True, both=True
     )
@@ -221,9 +225,21 @@ def _clamped(x: Array, lo: Array, hi: Array) -> Float32[Array, "..."]:
     return clamp(x, lo, hi)[0]
 
 
-def _checked_axis(x: Array, axis: int | None, format: str) -> int | None:
-    get_format(format)
-    return to_float32(x, axis)[1]
+def _checked(
+    x: Array, lo: Array, hi: Array, axis: int | None, format: str
+) -> tuple[Float32[Array, ""], Float32[Array, ""], int | None]:
+    """The thresholds in float32, and the axis counted from the front."""
+    if get_format(format).bits != 4:
+        raise ValueError(f"format={format!r}; expected a 4-bit one: E4M3 holds what is clamped off")
+    _, axis = to_float32(x, axis)
+    bounds = []
+    for name, bound in (("lo", lo), ("hi", hi)):
+        bound = jnp.asarray(bound)
+        check_float(bound, name)
+        if bound.shape != ():
+            raise ValueError(f"{name} has shape {bound.shape}; expected a scalar")
+        bounds.append(bound.astype(jnp.float32))
+    return bounds[0], bounds[1], axis
 
 
 def _compensate(

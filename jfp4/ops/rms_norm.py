@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfp4.ops import ffi
-from jfp4.ops.partition import WHOLE, Part, Rule, varying_alike
+from jfp4.ops.partition import WHOLE, Part, Place, Rule, varying_alike
 from jfp4.ops.quantize import check_float, kernel_input
+from jfp4.ops.rounding import round_to_dtype
 
 
 def rms_norm(
@@ -54,6 +55,8 @@ def rms_norm_of_stream(
         TypeError: as ``rms_norm``.
         ValueError: as ``rms_norm``; or terms that are not one or two, or differ in shape or dtype.
     """
+    for x in terms:
+        check_float(x)
     kinds = [f"{x.dtype}{list(x.shape)}" for x in terms]
     if len(terms) not in (1, 2) or len(set(kinds)) > 1:
         raise ValueError(f"terms are {', '.join(kinds) or 'none'}; expected one, or two alike")
@@ -84,7 +87,9 @@ def _alone_forward(epsilon: float, x: Array, scale: Array) -> tuple[Array, tuple
 
 
 def _alone_backward(epsilon: float, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    return _backward(epsilon, *saved, dy, None)
+    x, scale = saved
+    dx, dscale = _backward(epsilon, x, scale, dy, None)
+    return Place.of(x).put(dx), Place.of(scale).put(dscale)
 
 
 _alone.defvjp(_alone_forward, _alone_backward)
@@ -97,20 +102,20 @@ def _of_stream(epsilon: float, terms: tuple[Array, ...], scale: Array) -> tuple[
 
 def _of_stream_forward(
     epsilon: float, terms: tuple[Array, ...], scale: Array
-) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[tuple[()], ...]]]:
+) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[Place, ...]]]:
     stream, y = _of_stream(epsilon, terms, scale)
-    return (stream, y), (stream, scale, ((),) * len(terms))
+    return (stream, y), (stream, scale, tuple(map(Place.of, terms)))
 
 
 def _of_stream_backward(
     epsilon: float,
-    saved: tuple[Array, Array, tuple[tuple[()], ...]],
+    saved: tuple[Array, Array, tuple[Place, ...]],
     gradients: tuple[Array, Array],
 ) -> tuple[tuple[Array, ...], Array]:
-    stream, scale, terms = saved
+    stream, scale, places = saved
     dstream, dy = gradients
     dx, dscale = _backward(epsilon, stream, scale, dy, dstream)
-    return tuple(dx for _ in terms), dscale
+    return tuple(place.put(dx) for place in places), Place.of(scale).put(dscale)
 
 
 _of_stream.defvjp(_of_stream_forward, _of_stream_backward)
@@ -130,9 +135,9 @@ def _forward(epsilon: float, x: Array, added: Array | None, scale: Array) -> tup
         wide = x.astype(jnp.float32)
         if added is not None:
             # A cast alone XLA may leave out, and go on with a sum that is not rounded yet.
-            kind = jnp.finfo(x.dtype)
             wide = wide + added.astype(jnp.float32)
-            wide = lax.reduce_precision(wide, kind.nexp, kind.nmant)
+            if x.dtype.itemsize < 4:
+                wide = round_to_dtype(wide, x.dtype).astype(jnp.float32)
         y = wide * (lax.rsqrt(_mean_square(wide, epsilon)) * scale)
         return x if added is None else wide.astype(x.dtype), y.astype(x.dtype)
 

@@ -13,7 +13,9 @@ def stochastic_key(*numbers: int | Array) -> UInt32[Array, ""]:
     """Mixes integers, such as a seed, a step and a leaf's number, into a key; order counts."""
     key = jnp.uint32(0)
     for number in numbers:
-        key = mix(key + jnp.asarray(number).astype(jnp.uint32))
+        of_any_size = isinstance(number, int | np.integer)
+        bits = np.uint32(int(number) % 2**32) if of_any_size else number
+        key = mix(key + jnp.asarray(bits).astype(jnp.uint32))
     return key
 
 

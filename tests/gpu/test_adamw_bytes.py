@@ -88,7 +88,9 @@ def decoded(codes, exponents):
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def oracle(grad, param, first, second, rates, keys, *, formats, decay, root, stochastic):
+def oracle(
+    grad, param, first, second, rates, keys, *, formats, decay, root, stochastic, bound=BOUND
+):
     """The step in float32, its operations rounded as cuda_ffi/kernels/adamw.h states them."""
     format, first_format, second_format = formats
     factor_of_gradient, rate, first_correction, second_correction, finite = rates
@@ -97,7 +99,7 @@ def oracle(grad, param, first, second, rates, keys, *, formats, decay, root, sto
     g = grad.astype(F32) * factor_of_gradient
     p, m, v = param.astype(F32) / factor, decoded(*first), decoded(*second)
     if root:
-        most = F32(BOUND) * v
+        most = F32(bound) * v if np.isfinite(bound) else np.full_like(v, np.inf)
         # Not np.clip, which may take a zero for the other one.
         m = np.where(m > most, most, np.where(m < -most, -most, m))
         m = np.where(np.isnan(most), most, m)
@@ -155,9 +157,9 @@ def as_moment(codes, exponents):
     )
 
 
-def run(grad, param, first, second, rates, keys, decay, root, stochastic):
+def run(grad, param, first, second, rates, keys, decay, root, stochastic, bound=BOUND):
     step = functools.partial(
-        ffi.adamw, b1=B1, b2=B2, eps=EPS, weight_decay=decay, bound=BOUND, root=root,
+        ffi.adamw, b1=B1, b2=B2, eps=EPS, weight_decay=decay, bound=bound, root=root,
         stochastic=stochastic,
     )  # fmt: skip
     grads = grad if isinstance(grad, tuple) else (grad,)
@@ -190,6 +192,22 @@ def test_every_byte_is_numpys(backend, shape, format, first, second, stochastic)
     given = tuple(grad) if stochastic else grad  # whole, or by slices
     found = run(given, param, m, v, RATES, keys, **options)
     expected = oracle(grad, param, m, v, RATES, keys, formats=(format, first, second), **options)
+    assert_bits(found[0], expected[0])
+    assert_moment(found[1], *expected[1])
+    assert_moment(found[2], *expected[2])
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 256), (2, 7, 5)], ids=str)
+@pytest.mark.parametrize("format", PARAMS)
+def test_an_infinite_bound_clips_nothing(backend, shape, format):
+    """Not even beside a root of zero, with which it has no product."""
+    formats = format, "e4m3", "float16"
+    grad, param, m, v, keys = case(shape, *formats)
+    assert np.any(v[0] == 0)
+    options = {"decay": DECAY, "root": True, "stochastic": False, "bound": np.inf}
+    found = run(grad, param, m, v, RATES, keys, **options)
+    expected = oracle(grad, param, m, v, RATES, keys, formats=formats, **options)
+    assert not np.any(np.isnan(expected[0].astype(F32)))
     assert_bits(found[0], expected[0])
     assert_moment(found[1], *expected[1])
     assert_moment(found[2], *expected[2])

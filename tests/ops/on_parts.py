@@ -23,7 +23,7 @@ from jfp4.ops import ffi
 from jfp4.ops.exchange import spread
 from jfp4.ops.outliers import thresholds
 from jfp4.ops.quantize import quantize_both, quantize_gradient
-from jfp4.ops.rms_norm import rms_norm_of_stream
+from jfp4.ops.rms_norm import rms_norm, rms_norm_of_stream
 from jfp4.ops.slices import Slices
 from jfp4.qtensor import PackedQTensor
 from train.collectives import collectives
@@ -233,6 +233,50 @@ def operations(results, backend):
         run("a bare call", bare, (both, both, nothing, nothing), both, a, b)
 
 
+def explicit(results, backend):
+    """Operations on explicit axes along which plain JAX computes too; every sum is exact."""
+    mesh = make_mesh((2, 2, 2), AxisType.Explicit)
+    whole_dy = np.round(np.asarray(dy, np.float32))
+
+    def norm(x, scale):
+        return rms_norm(x, scale, epsilon=0.0)
+
+    def stream(x, scale):
+        return rms_norm_of_stream((2 * x, -x), scale, epsilon=0.0)
+
+    def gradients(fn, argnums):
+        def loss(*arrays):
+            return sum(jnp.sum(y * whole_dy[:, : y.shape[1]]) for y in jax.tree.leaves(fn(*arrays)))
+
+        return jax.grad(loss, argnums)
+
+    def run(case, fn, specs, *arrays):
+        wanted = jax.jit(fn)(*arrays)
+        put = [
+            jax.device_put(a, NamedSharding(mesh, spec))
+            for a, spec in zip(arrays, specs, strict=True)
+        ]
+        with jfp4.backend(backend), jax.set_mesh(mesh):
+            results[case] = differences(jax.jit(fn)(*put), wanted)
+
+    for name, fn in (("norm", norm), ("stream", stream)):
+        operands = jnp.sign(x), jnp.ones(K)
+        of_both = gradients(fn, (0, 1))
+        run(f"{name}, columns divided", of_both, (P("data", "tensor"), P()), *operands)
+        run(f"{name}, scale divided", of_both, (P("data"), P("tensor")), *operands)
+
+    def layer(x, w, bias):
+        return jfp4.linear(x, w, "fp4", bias=bias)
+
+    specs = P("data"), P(None, "tensor"), P()
+    run("bias of columns", gradients(layer, 2), specs, x, w1, jnp.ones(N))
+
+    def experts(x):
+        return jax.vmap(functools.partial(thresholds, sample=1000))(x)
+
+    run("thresholds of experts", experts, (P("data"),), jnp.stack([x, 2 * x, -x, x]))
+
+
 def exchanged(results, backend):
     """Gradients summed in each way: how far off, in units of what they may be, and what is sent."""
     mesh, parts, rows, columns = make_mesh((2, 2, 2)), 4, 64, 512
@@ -425,6 +469,7 @@ def main():
     backend = sys.argv[1]
     layers(results, backend)
     operations(results, backend)
+    explicit(results, backend)
     exchanged(results, backend)
     without_kernels(results, backend)
     optimizer(results, backend)

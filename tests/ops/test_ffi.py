@@ -972,6 +972,12 @@ def pretend(monkeypatch, module):
     return why
 
 
+def test_versions_are_compared_by_number_whatever_follows_it():
+    versions = ["0.9.2", "0.10.2", "0.11.0rc1", "0.11.0.dev20260101", "0.11.1+local", "1.0"]
+    numbers = [ffi._numbers(version) for version in versions]
+    assert numbers == sorted(numbers) and numbers[2] == numbers[3] == [0, 11, 0]
+
+
 STALE = types.SimpleNamespace(interface=ffi.INTERFACE - 1, jaxlib="0.10.2")
 NEWER = types.SimpleNamespace(interface=ffi.INTERFACE, jaxlib="99.1.0")
 

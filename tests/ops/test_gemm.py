@@ -9,9 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import jfp4
 from jfp4.formats import FORMATS
+from jfp4.ops import ffi
 from jfp4.ops import reference as ref
-from jfp4.ops.gemm import code_sums, gemm
+from jfp4.ops.gemm import Slope, code_sums, gemm
 from jfp4.ops.outliers import quantize_compensated, thresholds
 from jfp4.ops.quantize import quantize
 from jfp4.qtensor import PackedQTensor, QTensor
@@ -197,6 +199,35 @@ def test_bias_is_one_addition():
     np.testing.assert_array_equal(gemm(a, b, bias=narrow), expected)
 
 
+@pytest.mark.parametrize("backend", ["xla", "host"])
+@pytest.mark.parametrize("a_shift", [None, "midrange"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_every_operation_after_the_sums_is_rounded(backend, a_shift, with_bias):
+    """In their order, compiled as well: a compiler that fused two would round once for both."""
+    if backend == "host" and (why := ffi.missing("host")):
+        pytest.skip(why)
+    a, b = operand(50, (64, 128), 1, a_shift), quantized(gaussian(51, 128, 64), 0)
+    bias = gaussian(52, 64) if with_bias else None
+    with jfp4.backend(backend):
+        found = jax.jit(gemm)(a, b, bias=bias)
+    expected = exact_sums(a, b).astype(np.float32) * np.asarray(a.scale) * np.asarray(b.scale)
+    if a_shift:
+        columns = np.sum(np.asarray(b.codes, np.float32), axis=0, keepdims=True) * b.scale
+        expected = expected + np.asarray(a.shift) * np.asarray(columns)
+    np.testing.assert_array_equal(found, expected if bias is None else expected + bias)
+
+
+@pytest.mark.parametrize("backend", ["xla", "host"])
+def test_no_length_wraps(backend):
+    """Of E3M0, whose products have the most lattice units: int32 would hold 524,287 of these."""
+    if backend == "host" and (why := ffi.missing("host")):
+        pytest.skip(why)
+    k = 2**19
+    a = QTensor(jnp.full((1, k), 16, jnp.float8_e4m3fn), jnp.ones((1, 1)), None, "e3m0", 1)
+    with jfp4.backend(backend):
+        assert float(gemm(a, dataclasses.replace(a.T, axis=0))[0, 0]) == 256 * k
+
+
 def test_packed_operands_and_promotion_change_nothing():
     a, b = quantized(gaussian(26, 4, 33), 1), quantized(gaussian(27, 33, 5), 0)
     packed = PackedQTensor.pack(a), PackedQTensor.pack(b)
@@ -246,5 +277,11 @@ def test_errors_name_the_operand_and_the_shapes():
         gemm(a, PackedQTensor.pack(quantized(gaussian(25, 8, 5), 1)))
     with pytest.raises(ValueError, match=r"bias has shape \(4,\); expected \(5,\)"):
         gemm(a, b, bias=np.zeros(4, np.float32))
+    for w, scale in (((1, 5), (1, 5)), ((4, 5), (4, 1)), ((5, 5), (1, 1))):
+        slope = Slope(jnp.ones(w), jnp.ones(scale), "e2m1", 5.0, 3.0)
+        with pytest.raises(
+            ValueError, match=r"slope has a weight .* and a scale .*; expected \(4, 5\)"
+        ):
+            gemm(a, b, slope=slope)
     with pytest.raises(TypeError, match="bias is complex64"):
         gemm(a, b, bias=np.zeros(5, np.complex64))

@@ -321,3 +321,16 @@ def test_compensated_errors_are_those_of_quantize():
         quantize_compensated(np.ones((2, 2), np.float32), -one, one, 2)
     with pytest.raises(ValueError, match="e9m9"):
         quantize_compensated(np.ones((2, 2), np.float32), -one, one, 1, format="e9m9")
+
+
+def test_compensated_takes_scalar_thresholds_and_a_four_bit_format_on_every_path():
+    x, one = jnp.ones((2, 2)), jnp.float32(1)
+    expected = quantize_compensated(x, -one, one, 1)
+    for lo in (-1.0, np.float32(-1), jnp.bfloat16(-1)):
+        np.testing.assert_array_equal(quantize_compensated(x, lo, one, 1).codes, expected.codes)
+    with pytest.raises(ValueError, match=r"lo has shape \(1,\); expected a scalar"):
+        quantize_compensated(x, -jnp.ones(1), one, 1)
+    with pytest.raises(TypeError, match="hi is int32"):
+        quantize_compensated(x, -one, jnp.int32(1), 1)
+    with pytest.raises(ValueError, match="format='e4m3'; expected a 4-bit one"):
+        quantize_compensated(x, -one, one, 1, format="e4m3")

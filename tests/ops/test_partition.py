@@ -208,6 +208,20 @@ def test_products_of_no_kernel_are_summed_as_asked(found, name, products, case, 
     assert distance >= least
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(f"{norm}, {of} divided" for norm in ("norm", "stream") for of in ("columns", "scale")),
+        "bias of columns",
+        "thresholds of experts",
+    ],
+)
+def test_explicit_axes_take_what_plain_jax_takes_there(found, case):
+    """A gradient lies where its operand does, and what is mapped over an axis may be divided."""
+    assert set(found[case]) == {0}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_not_divided_is_not_rounded(dtype):
     """One device has all of the sum, and sends nothing."""

@@ -40,6 +40,19 @@ def test_gradients_are_those_of_the_plain_formula():
             np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_stream_is_rounded_as_its_dtype_has_it(dtype):
+    """Down to its subnormals, and up to its largest number; float32's subnormals CPUs flush."""
+    info = jnp.finfo(dtype)
+    exponents = np.linspace(max(info.minexp - info.nmant - 1, -100), info.maxexp - 1.5, 64)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 64)) * 2.0**exponents, dtype)
+    x = x.at[0].set(jnp.asarray(float(info.max) / 2, dtype))
+    exact = np.asarray(x, np.float32) + np.asarray(x[::-1], np.float32)
+    stream, _ = jax.jit(lambda *t: rms_norm_of_stream(t, jnp.ones(64), epsilon=1e-5))(x, x[::-1])
+    expected = exact.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(stream, np.float32), expected)
+
+
 def test_vmap_is_a_loop():
     (x, added), scale, _, _ = case((3, 4, 32), "bfloat16", 2)
     scales = jnp.stack([scale, 2 * scale, -scale])
@@ -88,3 +101,5 @@ def test_refuses_what_are_no_floats():
         rms_norm(jnp.ones((2, 8), jnp.int32), jnp.ones(8), epsilon=1e-5)
     with pytest.raises(TypeError, match="scale is int32"):
         rms_norm(jnp.ones((2, 8)), jnp.ones(8, jnp.int32), epsilon=1e-5)
+    with pytest.raises(TypeError, match="x is float; expected an array"):
+        rms_norm_of_stream([1.0], jnp.ones(8), epsilon=1e-5)

@@ -119,6 +119,13 @@ def test_the_hash_is_a_bijection():
     np.testing.assert_array_equal(unmix(np.uint64(jax.jit(mix)(x))), x)
 
 
+def test_keys_are_of_any_integers():
+    for number in (0, -1, 2**31, 2**32 - 1, 2**40 + 3, np.int64(-5)):
+        same = jnp.uint32(int(number) % 2**32)
+        assert stochastic_key(7, number) == jax.jit(stochastic_key)(jnp.int32(7), same)
+    assert stochastic_key(1, 2) != stochastic_key(2, 1)
+
+
 def test_every_bit_of_the_hash_depends_on_every_bit():
     x = np.random.default_rng(1).integers(0, 2**32, 2**16, dtype=np.uint32)
     mixed = np.asarray(mix(x))
