@@ -1,6 +1,8 @@
 """AdamW on stored parameters: a chain of optax's form, and one kernel that takes the same step."""
 
 import dataclasses
+import math
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -47,10 +49,11 @@ class AdamW:
         clip_norm: largest global norm of a gradient; None clips nothing.
         first: format of the first moment; see ``jfp4.optim.scale_by_adam``.
         second: format of the second moment's root.
-        seed: rounds the moments stochastically; None rounds them to nearest.
+        seed: rounds the moments stochastically; None rounds them to nearest, at which they may
+            stand still (``scale_by_adam``).
 
     Raises:
-        ValueError: a rate of decay, ``eps``, ``weight_decay`` or ``clip_norm`` is out of range.
+        ValueError: a number is out of range.
     """
 
     learning_rate: float | optax.Schedule
@@ -62,16 +65,18 @@ class AdamW:
     clip_norm: float | None = None
     first: str = "e4m3"
     second: str = "float16"
-    seed: int | None = None
+    seed: int | None = 0
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 <= {name} < 1")
-        if not self.eps > 0:
-            raise ValueError(f"eps={self.eps}; expected a positive number")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay={self.weight_decay}; expected 0 or more")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps={self.eps}; expected a positive number, finite")
+        for name in ("weight_decay", "learning_rate"):
+            value = getattr(self, name)
+            if isinstance(value, numbers.Real) and not 0 <= float(value) < math.inf:
+                raise ValueError(f"{name}={value}; expected 0 or more, finite")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm}; expected a positive number, or None")
 

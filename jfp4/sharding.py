@@ -6,6 +6,7 @@ divides heads, the MLP's width and the vocabulary. All are automatic: XLA insert
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ValueError(f"{part.strip()!r} in {text!r}; expected AXIS=SIZE of {_names(AXES)}")
         if axis in sizes:
             raise ValueError(f"{axis} twice in {text!r}; expected each axis once")
-        if not size.lstrip("-").isdigit() or (int(size) < 1 and int(size) != -1):
+        if not re.fullmatch(r"-1|0*[1-9][0-9]*", size):
             raise ValueError(f"{part.strip()!r} in {text!r}; expected a positive size, or -1")
         sizes[axis] = int(size)
     if list(sizes.values()).count(-1) > 1:

@@ -189,12 +189,16 @@ def test_unknown_formats_are_named():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"b1": 1.0}, {"b2": -0.1}, {"eps": 0.0}, {"weight_decay": -1.0}, {"clip_norm": 0.0}],
-)
+    [
+        {"b1": 1.0}, {"b2": -0.1}, {"eps": 0.0}, {"eps": np.inf}, {"weight_decay": -1.0},
+        {"weight_decay": np.inf}, {"clip_norm": 0.0}, {"learning_rate": np.nan},
+        {"learning_rate": -1.0},
+    ],
+)  # fmt: skip
 def test_what_would_turn_or_stop_every_step_is_refused(fields):
     ((name, value),) = fields.items()
     with pytest.raises(ValueError, match=f"^{name}={value}; expected "):
-        AdamW(0.1, **fields)
+        AdamW(**{"learning_rate": 0.1} | fields)
     with pytest.raises(ValueError, match="max_norm=-1; expected a positive number"):
         clip_by_norm(-1)
 

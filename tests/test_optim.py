@@ -292,3 +292,30 @@ def test_clipping_is_optaxs_or_by_the_norm_that_is_given(largest):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     told, _ = ours.update(grads, optax.EmptyState(), grad_norm=jnp.float32(70.0))
     np.testing.assert_allclose(told["a"], grads["a"] * largest / 70, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.95, 0.95)])
+def test_what_has_no_gradient_any_more_comes_to_rest(b1, b2):
+    """Rounded to nearest, a moment beside a living one stood still, and its root went on decaying.
+
+    Rounding is unbiased, and the mean over as many elements spreads by a few percent: a fifth is
+    far more than that, and far from what rounding to nearest makes of it, three times as much.
+    """
+    rng = np.random.default_rng(0)
+    grad = jnp.asarray(rng.uniform(0.5, 2, (16, 128)), jnp.float32)
+    quiet = grad * (jnp.arange(128) == 0)
+
+    def moved(adam):
+        state = adam.init(grad)
+        update = jax.jit(adam.update)
+        for _ in range(30):
+            _, state = update(grad, state)
+        total = jnp.zeros(grad.shape)
+        for _ in range(400):
+            updates, state = update(quiet, state)
+            total += updates
+        return float(jnp.mean(total[:, 1:]))
+
+    exact = moved(optim.scale_by_adam(b1, b2, first="float32", second="float32"))
+    assert moved(optim.scale_by_adam(b1, b2)) == pytest.approx(exact, rel=0.2)
+    assert moved(optim.scale_by_adam(b1, b2, seed=None)) > 3 * exact

@@ -23,6 +23,8 @@ def test_sizes_and_the_rest():
         ("data=2,data=4", "data twice in 'data=2,data=4'"),
         ("data=0", "'data=0' in 'data=0'; expected a positive size, or -1"),
         ("data=two", "expected a positive size, or -1"),
+        ("data=--1", "expected a positive size, or -1"),
+        ("data=²", "expected a positive size, or -1"),
         ("data=-1,fsdp=-1", "'data=-1,fsdp=-1' has more than one -1"),
     ],
 )

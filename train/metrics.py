@@ -14,6 +14,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
+from train.errors import UserError
+
 METRICS, HEALTH = "metrics.jsonl", "health.jsonl"
 
 
@@ -108,9 +110,13 @@ def _open_at(path: Path, start_step: int) -> TextIO:
     file = path.open("a+")
     file.seek(0)
     kept = 0
-    for line in file:
-        if not line.endswith("\n") or json.loads(line)["step"] > start_step:
-            break
+    for number, line in enumerate(file, start=1):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > start_step:
+                break
+        except (ValueError, KeyError, TypeError):
+            file.close()
+            raise UserError(f"{path}:{number} is no line of a step; mend or remove it") from None
         kept += len(line.encode())
     file.truncate(kept)
     return file

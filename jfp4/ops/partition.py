@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.mesh import get_concrete_mesh  # which is said nowhere else inside jax.jit
+from jax._src.sharding_impls import parse_flatten_op_sharding  # exported nowhere
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
@@ -303,9 +305,11 @@ def _automatically(
 ) -> Callable[..., tuple[Array, ...]]:
     """On automatic axes: XLA decides where everything lies, and then asks for the parts."""
 
-    def partition(mesh: Any, operands: Any, results: Any) -> tuple[Any, ...]:
+    def partition(in_force: Any, mesh: Any, operands: Any, results: Any) -> tuple[Any, ...]:
+        # Of arguments that all lie nowhere XLA asks without a mesh, and in terms of its own.
+        mesh = in_force if mesh.empty else mesh
         arrays = (*operands, *results)
-        specs = [x.sharding.spec for x in arrays]
+        specs = [_spec(x, mesh) for x in arrays]
         n = len(operands)
         part, *places = _plan(rule, [x.shape for x in arrays], specs, n, mesh.shape)
         given, made = (tuple(NamedSharding(mesh, spec) for spec in own) for own in places)
@@ -320,7 +324,8 @@ def _automatically(
     @custom_vmap
     def call(*operands: Array) -> tuple[Array, ...]:
         partitioned = custom_partitioning(whole)
-        partitioned.def_partition(partition, sharding_rule=sharding_rule)
+        in_force = functools.partial(partition, get_concrete_mesh())
+        partitioned.def_partition(in_force, sharding_rule=sharding_rule)
         return partitioned(*operands)
 
     @call.def_vmap  # custom_partitioning has no rule of its own
@@ -332,6 +337,12 @@ def _automatically(
         return _automatically(_each(fn), _batched(rule))(*operands), (True,) * len(rule.results)
 
     return call
+
+
+def _spec(x: Any, mesh: Any) -> PartitionSpec:
+    if isinstance(x.sharding, NamedSharding):
+        return x.sharding.spec
+    return parse_flatten_op_sharding(x.sharding._to_xla_hlo_sharding(len(x.shape)), mesh)[0]
 
 
 def _explicitly(

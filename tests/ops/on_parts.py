@@ -116,6 +116,7 @@ def of_recipe(results, backend, name, recipe, *, every_mode):
     if not every_mode:
         return
     run("no mesh in force", None, step, put(mesh, operands))
+    run("placed nowhere", mesh, step, [np.asarray(a) for a in operands])
 
     def second_of_two(*arrays):
         return jax.tree.map(lambda a: a[1], jax.vmap(step)(*arrays))

@@ -44,6 +44,7 @@ def found(request):
     "case",
     [
         "fp4, no mesh in force",
+        "fp4, placed nowhere",
         "fp4, vmap",
         "fp4, explicit",
         "fp4, shard_map, checked False",

@@ -12,6 +12,7 @@ from tiny_run import lines_of, saved_arrays
 
 from train import data
 from train.batches import eval_batches
+from train.errors import UserError
 from train.metrics import ProgressLine, RunLog, _clock
 from train.optimizer import schedule
 from train.step import Trainer
@@ -141,6 +142,15 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     (tmp_path / "metrics.jsonl").write_text(whole + torn)
     RunLog(tmp_path, 3).close()
     assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize("damaged", ["garbage", "[]", "{}", '{"step": null}'])
+def test_a_damaged_line_is_named_and_nothing_dropped(tmp_path, damaged):
+    text = f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is no line of a step; mend or remove"):
+        RunLog(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
 def test_a_run_that_begins_again_has_empty_logs(tmp_path):
