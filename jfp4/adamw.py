@@ -21,6 +21,7 @@ from jfp4.ops.slices import is_slices
 from jfp4.optim import (
     Blocks,
     bound_of_first,
+    check_moments,
     clip_by_norm,
     scale_by_adam,
     skip_not_finite,
@@ -53,7 +54,7 @@ class AdamW:
             stand still (``scale_by_adam``).
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or a moment's format unknown.
     """
 
     learning_rate: float | optax.Schedule
@@ -68,6 +69,7 @@ class AdamW:
     seed: int | None = 0
 
     def __post_init__(self) -> None:
+        check_moments(self.first, self.second)
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 <= {name} < 1")

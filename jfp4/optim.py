@@ -148,9 +148,7 @@ def scale_by_adam(
     Raises:
         ValueError: unknown format.
     """
-    for name, value, known in (("first", first, FIRST), ("second", second, SECOND)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
+    check_moments(first, second)
     adam = optax.scale_by_adam(b1, b2, eps)
     if first == second == "float32":
         return _in_float32(adam)
@@ -215,6 +213,13 @@ def _in_float32(adam: optax.GradientTransformation) -> optax.GradientTransformat
         return adam.update(wide(updates), state, params)
 
     return optax.GradientTransformation(init, update)
+
+
+def check_moments(first: str, second: str) -> None:
+    """Raises ValueError, naming the moment, unless these are formats that they are kept in."""
+    for name, value, known in (("first", first, FIRST), ("second", second, SECOND)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
 
 
 def bound_of_first(b1: float, b2: float) -> float:

@@ -184,7 +184,7 @@ def test_float32_moments_are_so_whatever_the_parameters_are(dtype):
 
 def test_unknown_formats_are_named():
     with pytest.raises(ValueError, match="first='fp8' is unknown; expected one of e4m3"):
-        AdamW(0.1, first="fp8").init(PARAMS)
+        AdamW(0.1, first="fp8")
 
 
 @pytest.mark.parametrize(

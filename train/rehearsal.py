@@ -35,7 +35,8 @@ class Rehearsal:
         devices: of the mesh.
         parameters: of the model.
         state_bytes: the state's, on one device; exact.
-        work_bytes: of codes, gradients and activations, on one device, estimated from shapes.
+        work_bytes: of codes, gradients and activations, on one device, estimated from shapes;
+            those of activations that ``tensor`` divides are counted whole.
         collectives: what a step sends, before a compiler joins any two.
     """
 
@@ -53,7 +54,7 @@ class Rehearsal:
         table.add_column("GiB", justify="right")
         for what, size in (
             ("state", self.state_bytes),
-            ("codes, gradients, activations", self.work_bytes),
+            ("codes, gradients, activations, at most", self.work_bytes),
         ):
             table.add_row(what, "", f"{size / 2**30:.2f}")
         for kind, (count, sent) in summary(self.collectives).items():

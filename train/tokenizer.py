@@ -120,9 +120,19 @@ class FileTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.unsignedinteger]]:
-        """Returns `encode` of each text, on every core."""
+        """Returns `encode` of each text, on every core.
+
+        Raises:
+            UserError: The model of the tokenizer makes its EOD of a document's text.
+        """
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        encoded = [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        if any(self.eod in ids for ids in encoded):
+            raise UserError(
+                f"tokenizer {self.name} encodes {EOD} within a document as the id {self.eod} that "
+                "ends documents; give one whose model does not have it as a word"
+            )
+        return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`."""

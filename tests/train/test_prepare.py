@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from train import prepare, tokenizer
+from train.errors import UserError
 
 WORDS = [
     "the",
@@ -158,6 +160,19 @@ def test_tokenizer_keeps_text_and_never_yields_eod(name: str, text: Path, tmp_pa
         np.testing.assert_array_equal(ids, loaded.encode_batch(["x", sample])[1])
     assert loaded.decode([loaded.eod]) == tokenizer.EOD
     assert loaded.dtype == np.uint16
+
+
+def test_a_document_that_would_end_in_its_middle(tmp_path: Path) -> None:
+    words = {"<unk>": 0, tokenizer.EOD: 1, "a": 2}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens([tokenizer.EOD])
+    path = tmp_path / "tokenizer.json"
+    inner.save(str(path))
+    loaded = tokenizer.load(str(path))
+    np.testing.assert_array_equal(loaded.encode("a a"), [2, 2])
+    with pytest.raises(UserError, match="within a document as the id 1 that ends documents"):
+        loaded.encode(f"a {tokenizer.EOD} a")
 
 
 def test_truncation_in_a_definition_loses_nothing(text: Path, tmp_path: Path) -> None:
