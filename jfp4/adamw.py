@@ -16,7 +16,7 @@ from jaxtyping import Array, Float32, UInt32
 
 from jfp4 import master
 from jfp4.ops import ffi, partition
-from jfp4.ops.rounding import stochastic_key
+from jfp4.ops.rounding import as_uint32, stochastic_key
 from jfp4.ops.slices import is_slices
 from jfp4.optim import (
     Blocks,
@@ -154,7 +154,7 @@ class AdamW:
         def by_kernel(*args: Any) -> Any:
             return by_chain(*args, fused=optimizer._kernel(args[0], shardings, args[3:]))
 
-        numbers = jnp.float32(scale), jnp.uint32(seed), jnp.asarray(step, jnp.int32)
+        numbers = jnp.float32(scale), as_uint32(seed), jnp.asarray(step, jnp.int32)
         return ffi.dispatch(by_kernel, by_chain, stored, state, grads, *numbers)
 
     def _with_mask_of(self, stored: Any) -> "AdamW":

@@ -95,6 +95,18 @@ def test_a_first_moment_may_outlast_the_second(rates):
         np.testing.assert_allclose(a, b, rtol=0, atol=2.0**-20 * np.max(np.abs(b)))
 
 
+def test_a_step_s_seed_may_be_any_integer():
+    optimizer, weights = AdamW(0.1), jnp.ones((4, 256), jnp.bfloat16)
+    state, grads = optimizer.init(weights), jnp.full((4, 256), 0.3, jnp.bfloat16)
+    for name in ("xla", "host"):
+        with jfp4.backend(name):
+            one, other = (
+                optimizer.step(weights, state, grads, seed=seed, step=0)[0]
+                for seed in (-1, 2**32 - 1)
+            )
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("format", ["float32", "float16"])
 def test_a_skipped_step_changes_no_bit(format):
     optimizer = optimizer_of("e4m3", "float16", 3)

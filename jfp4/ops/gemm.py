@@ -355,4 +355,4 @@ def _check_operands(
         return
     check_float(bias, "bias")
     if bias.shape != (n,):
-        raise ValueError(f"bias has shape {bias.shape}; expected ({b.shape[1]},)")
+        raise ValueError(f"bias has shape {bias.shape}; expected ({n},)")

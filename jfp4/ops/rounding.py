@@ -13,10 +13,15 @@ def stochastic_key(*numbers: int | Array) -> UInt32[Array, ""]:
     """Mixes integers, such as a seed, a step and a leaf's number, into a key; order counts."""
     key = jnp.uint32(0)
     for number in numbers:
-        of_any_size = isinstance(number, int | np.integer)
-        bits = np.uint32(int(number) % 2**32) if of_any_size else number
-        key = mix(key + jnp.asarray(bits).astype(jnp.uint32))
+        key = mix(key + as_uint32(number))
     return key
+
+
+def as_uint32(number: int | Array) -> UInt32[Array, ""]:
+    """An integer of any size and sign modulo 2**32."""
+    if isinstance(number, int | np.integer):
+        return jnp.uint32(int(number) % 2**32)
+    return number.astype(jnp.uint32)
 
 
 def random_bits(
