@@ -277,7 +277,7 @@ class AdamW:
         seed: Array,
         step: Array,
         count: Array,
-    ) -> UInt32[Array, "slices 4"]:
+    ) -> UInt32[Array, "slices 3"]:
         """What the kernel makes the chain's random bits of, in a part of a leaf.
 
         Args:
@@ -306,9 +306,9 @@ class AdamW:
             rows = rows * n + i
         own = stochastic_key(number, slices)
         param = stochastic_key(stochastic_key(seed, step, own), 0)
-        moments = (stochastic_key(self.seed or 0, count, own, which) for which in (0, 1))
-        keys = [*(key + rows for key in (param, *moments)), jnp.broadcast_to(column, outer)]
-        return jnp.stack(keys, -1).reshape(-1, 4)
+        moments = stochastic_key(self.seed or 0, count, own, 0)
+        keys = param + rows, moments + rows, jnp.broadcast_to(column, outer)
+        return jnp.stack(keys, -1).reshape(-1, 3)
 
     def _counted(
         self, state: Any, norm: Array, finite: Array, mu: Any, nu: Any

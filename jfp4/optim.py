@@ -182,10 +182,13 @@ def scale_by_adam(
             return random_bits(stochastic_key(seed, state.count, part, number), x.shape)
 
         def encode_first(number: int, m: Array) -> Any:
-            return encode(m, first, bits(2 * number, m))
+            return encode(m, first, bits(number, m))
 
         def encode_second(number: int, v: Array) -> Any:
-            return encode(jnp.sqrt(v), second, bits(2 * number + 1, v))
+            # One hash for both: of its 32 bits the first moment's codes need the upper 20, but for
+            # the smallest, and the root's the upper 13.
+            own = bits(number, v)
+            return encode(jnp.sqrt(v), second, None if own is None else own << 16 | own >> 16)
 
         numbers = numbered(grads)
         return updates, optax.ScaleByAdamState(

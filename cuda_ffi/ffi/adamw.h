@@ -26,7 +26,7 @@ struct AdamWCall {
         .template Arg<Buffer>()  // second: likewise, f16 or f32
         .template Arg<Buffer>()  // second_exponents
         .template Arg<Buffer>()  // rates: f32 [5], see AdamW::Rates
-        .template Arg<Buffer>()  // keys: u32 [slices, 4], see AdamW::Keys
+        .template Arg<Buffer>()  // keys: u32 [slices, 3], see AdamW::Keys
         .RemainingArgs()         // grad: as param in one, or as many as divide its slices
         .template Ret<Buffer>()  // param, in the operand's own memory, as are the others
         .template Ret<Buffer>()  // first
@@ -72,7 +72,7 @@ inline ffi::ErrorOr<AdamWParts> AdamWCall::Read(
   args.slices = keys.dimensions().size() == 2 ? keys.dimensions()[0] : 0;
   const int64_t rows = static_cast<int64_t>(param.element_count()) / std::max<int64_t>(args.n, 1);
   if (args.slices == 0 || rows % args.slices != 0) {
-    check.Refuse("keys is " + Describe(keys) + "; expected u32[slices, 4] of slices that divide " +
+    check.Refuse("keys is " + Describe(keys) + "; expected u32[slices, 3] of slices that divide " +
                  "the rows of param " + Describe(param));
     return check.Finish(parts);
   }
@@ -124,14 +124,14 @@ inline ffi::ErrorOr<AdamWParts> AdamWCall::Read(
   args.second = take_moment("second", second, second_exponents, *new_second, *new_second_exponents,
                             &args.second_type, &args.second_exponents);
   static_assert(sizeof(AdamW::Rates) == 5 * sizeof(float));
-  static_assert(sizeof(AdamW::Keys) == 4 * sizeof(uint32_t));
+  static_assert(sizeof(AdamW::Keys) == 3 * sizeof(uint32_t));
   args.rates = static_cast<const AdamW::Rates*>(rates.untyped_data());
   if (rates.element_type() != ffi::F32 || rates.element_count() != 5) {
     check.Refuse("rates is " + Describe(rates) + "; expected f32[5]");
   }
   args.keys = static_cast<const AdamW::Keys*>(keys.untyped_data());
-  if (keys.element_type() != ffi::U32 || keys.dimensions()[1] != 4) {
-    check.Refuse("keys is " + Describe(keys) + "; expected u32[slices, 4]");
+  if (keys.element_type() != ffi::U32 || keys.dimensions()[1] != 3) {
+    check.Refuse("keys is " + Describe(keys) + "; expected u32[slices, 3]");
   }
   args.b1 = b1;
   args.rest1 = rest1;

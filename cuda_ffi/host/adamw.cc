@@ -32,9 +32,10 @@ void LoadMoment(const void* from, Moment type, float scale, int64_t offset, int6
   for (int64_t i = 0; i < count; ++i) to[i] *= scale;
 }
 
-// Rounds a block's moments, with their scale, and stores them.
-void StoreMoment(float* values, Moment type, bool stochastic, uint32_t row, int64_t column,
-                 int64_t count, void* to, uint8_t* exponent, int64_t offset) {
+// Rounds a block's moments, with their scale, and stores them. `bits` are an element's, null to
+// round to nearest.
+void StoreMoment(float* values, Moment type, const uint32_t* bits, int64_t count, void* to,
+                 uint8_t* exponent, int64_t offset) {
   if (type == Moment::kF32) return Store(values, count, DType::kF32, to, offset);
   uint32_t amax = 0;
   for (int64_t i = 0; i < count; ++i) amax = std::max(amax, BitsOf(values[i]) & ~kSignBit);
@@ -43,10 +44,7 @@ void StoreMoment(float* values, Moment type, bool stochastic, uint32_t row, int6
   const adamw::Grid grid = type == Moment::kE4M3 ? adamw::kE4M3Grid : adamw::kF16Grid;
   for (int64_t i = 0; i < count; ++i) {
     values[i] *= inverse;
-    if (stochastic) {
-      const uint32_t bits = adamw::Mix(row ^ static_cast<uint32_t>(column + i));
-      values[i] = adamw::RoundStochastically(values[i], grid, bits);
-    }
+    if (bits != nullptr) values[i] = adamw::RoundStochastically(values[i], grid, bits[i]);
   }
   if (type == Moment::kF16) return Store(values, count, DType::kF16, to, offset);
   auto* bytes = static_cast<uint8_t*>(to) + offset;
@@ -63,12 +61,12 @@ void UpdateRow(const AdamW& args, int64_t slice, int64_t row_of_slice) {
   const adamw::Grid grid = args.param_type == DType::kBF16 ? adamw::kBF16Grid : adamw::kF16Grid;
   const int64_t size = args.block(), row = slice * args.rows + row_of_slice;
   std::vector<float> grad(size), param(size), first(size), second(size);
+  std::vector<uint32_t> first_bits(size), second_bits(size);
   for (int64_t column = 0; column < args.n; column += size) {
     const int64_t offset = row * args.n + column, block = offset / size;
     const auto scale = [&](Moment type, const uint8_t* exponents) {
       return type == Moment::kF32 ? 1.0f : adamw::ScaleOfExponent(exponents[block]);
     };
-    const int64_t of_tensor = column + keys.column;
     Load(args.grad, args.grad_type, offset, size, grad.data());
     Load(args.param, args.param_type, offset, size, param.data());
     LoadMoment(args.first, args.first_type, scale(args.first_type, args.first_exponents), offset,
@@ -76,21 +74,24 @@ void UpdateRow(const AdamW& args, int64_t slice, int64_t row_of_slice) {
     LoadMoment(args.second, args.second_type, scale(args.second_type, args.second_exponents),
                offset, size, second.data());
     for (int64_t i = 0; i < size; ++i) {
+      const auto of_tensor = static_cast<uint32_t>(column + i) + keys.column;
       const adamw::Element next = adamw::Advance(args, *args.rates, grad[i],
                                                  {param[i] * (1 / factor), first[i], second[i]});
       param[i] = next.param;
       if (args.param_type != DType::kF32) {
-        const uint32_t bits = adamw::ParamBits(args.param_type, row_key(keys.param),
-                                               static_cast<uint32_t>(of_tensor + i));
+        const uint32_t bits = adamw::ParamBits(args.param_type, row_key(keys.param), of_tensor);
         param[i] = adamw::RoundStochastically(next.param * factor, grid, bits);
       }
+      const adamw::MomentBits bits = adamw::BitsOfMoments(row_key(keys.moments), of_tensor);
+      first_bits[i] = bits.first;
+      second_bits[i] = bits.second;
       first[i] = next.first;
       second[i] = next.second;
     }
     Store(param.data(), size, args.param_type, args.param, offset);
-    StoreMoment(first.data(), args.first_type, args.stochastic, row_key(keys.first), of_tensor,
-                size, args.first, args.first_exponents + block, offset);
-    StoreMoment(second.data(), args.second_type, args.stochastic, row_key(keys.second), of_tensor,
+    StoreMoment(first.data(), args.first_type, args.stochastic ? first_bits.data() : nullptr, size,
+                args.first, args.first_exponents + block, offset);
+    StoreMoment(second.data(), args.second_type, args.stochastic ? second_bits.data() : nullptr,
                 size, args.second, args.second_exponents + block, offset);
   }
 }

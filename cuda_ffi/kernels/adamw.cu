@@ -5,6 +5,7 @@
 
 #include <cfloat>
 #include <limits>
+#include <type_traits>
 
 #include "cuda_ffi/kernels/adamw.h"
 #include "cuda_ffi/kernels/element.cuh"
@@ -190,11 +191,11 @@ struct Blocks {
   Divider of_row, rows;  // blocks of a row, rows of a slice
 };
 
-// Where a block of elements lies, and its bits' keys; every thread of a block has the same.
+// Where a block of elements lies, and its row's bits; every thread of a block has the same.
 struct Place {
   int64_t first;    // element
   uint32_t column;  // of the tensor
-  AdamW::Keys row;
+  uint32_t row_of_params, row_of_moments;
 
   __device__ __forceinline__ Place(const AdamW& args, const Blocks& blocks, uint32_t block,
                                    uint32_t size) {
@@ -204,8 +205,8 @@ struct Place {
     first = int64_t{block} * size;
     const AdamW::Keys keys = args.keys[slice];
     column = (block - row_of_all * blocks.of_row.divisor) * size + keys.column;
-    row = {adamw::Mix(row_of_slice + keys.param), adamw::Mix(row_of_slice + keys.first),
-           adamw::Mix(row_of_slice + keys.second)};
+    row_of_params = adamw::Mix(row_of_slice + keys.param);
+    row_of_moments = adamw::Mix(row_of_slice + keys.moments);
   }
 };
 
@@ -228,11 +229,21 @@ __device__ __forceinline__ float RoundParam(float v, DType type, uint32_t row, u
                                     adamw::ParamBits(type, row, column));
 }
 
-__device__ __forceinline__ float RoundMoment(float v, Moment type, bool stochastic, uint32_t row,
-                                             uint32_t column) {
-  if (!stochastic || type == Moment::kF32) return v;  // stored to nearest
+__device__ __forceinline__ adamw::Grid GridOf(Moment type) {
   const adamw::Grid grid = type == Moment::kE4M3 ? adamw::kE4M3Grid : adamw::kF16Grid;
-  return adamw::RoundStochastically(v, grid, adamw::Mix(row ^ column));
+  return grid;
+}
+
+// Whether a magnitude, times the scale's inverse, is normal in its format.
+__device__ __forceinline__ bool IsNormal(float magnitude, float inverse, Moment type) {
+  return type == Moment::kF32 || __fmul_rn(magnitude, inverse) >= GridOf(type).least;
+}
+
+template <bool kNormal>
+__device__ __forceinline__ float RoundMoment(float v, Moment type, bool stochastic, uint32_t bits) {
+  if (!stochastic || type == Moment::kF32) return v;  // stored to nearest
+  return kNormal ? adamw::RoundNormal(v, GridOf(type), bits)
+                 : adamw::RoundStochastically(v, GridOf(type), bits);
 }
 
 // Over so many neighbouring lanes; all of the warp's take part.
@@ -261,15 +272,16 @@ struct Exponents {
 
 // --- roots and reciprocals of numbers that need no care ---
 
-// The largest magnitudes of a thread's moments, and the least second one, as bits, which sort as
-// they do, with NaN above all.
+// The largest and the least magnitudes of a thread's moments, as bits, which sort as they do, with
+// NaN above all.
 struct Range {
-  uint32_t most_first = 0, most_second = 0, least_second = ~0u;
+  uint32_t most_first = 0, least_first = ~0u, most_second = 0, least_second = ~0u;
 
   __device__ __forceinline__ Range(const float (&first)[kEach], const float (&second)[kEach]) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       most_first = max(most_first, MagnitudeBits(first[i]));
+      least_first = min(least_first, MagnitudeBits(first[i]));
       // A second moment is never negative.
       most_second = max(most_second, __float_as_uint(second[i]));
       least_second = min(least_second, __float_as_uint(second[i]));
@@ -357,7 +369,8 @@ __device__ __forceinline__ bool UpdateBlock(AdamW args, const Blocks& blocks, ui
   }
   const Range range(first, second);
   // A row's bits are those of its key and the column, whose lowest bits here are the element's.
-  const uint32_t key = place.row.param ^ (args.param_type == DType::kBF16 ? column / 2 : column);
+  const uint32_t key =
+      place.row_of_params ^ (args.param_type == DType::kBF16 ? column / 2 : column);
   bool usual = range.IsUsual(args, rates) & (column % kEach == 0);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
@@ -371,7 +384,7 @@ __device__ __forceinline__ bool UpdateBlock(AdamW args, const Blocks& blocks, ui
     if (args.param_type == DType::kF16) param[i] = __fmul_rn(param[i], Factor(DType::kF16));
     const adamw::Grid grid = GridOf(args.param_type);
     if constexpr (kCareful) {
-      const uint32_t bits = adamw::ParamBits(args.param_type, place.row.param, column + i);
+      const uint32_t bits = adamw::ParamBits(args.param_type, place.row_of_params, column + i);
       param[i] = adamw::RoundStochastically(param[i], grid, bits);
     } else {
       usual &= fabsf(param[i]) <= FLT_MAX;
@@ -382,32 +395,43 @@ __device__ __forceinline__ bool UpdateBlock(AdamW args, const Blocks& blocks, ui
     }
   }
   // Roots sort as what they are of.
-  const float most = __uint_as_float(range.most_second);
-  const uint32_t amax2 = __float_as_uint(!args.root ? most
-                                         : kCareful ? __fsqrt_rn(most)
-                                                    : UsualRoot(most));
-  const Exponents exponents(args, range.most_first, amax2);
+  const auto kept = [&](uint32_t bits) {
+    const float second = __uint_as_float(bits);
+    return !args.root ? second : kCareful ? __fsqrt_rn(second) : UsualRoot(second);
+  };
+  const Exponents exponents(args, range.most_first, __float_as_uint(kept(range.most_second)));
   if (!kCareful && !__all_sync(~0u, usual)) return false;
+  const float inverse1 = scaled1 ? adamw::InverseScale(exponents.first) : 1.0f;
+  const float inverse2 = scaled2 ? adamw::InverseScale(exponents.second) : 1.0f;
+  // Nearly always; to ask every element whether its step is its own binade's takes a branch each.
+  const bool normal = IsNormal(__uint_as_float(range.least_first), inverse1, args.first_type) &
+                      IsNormal(kept(range.least_second), inverse2, args.second_type);
+  const bool all_normal = __all_sync(~0u, normal);
   // Not sooner, or what is above would wait for it.
   if (!inside || rates.finite == 0) return true;
 
   Store(param, args.param_type, args.param, offset);
-  const auto write = [&](float (&moment)[kEach], Moment type, uint32_t exponent, uint32_t row,
-                         void* codes, uint8_t* to) {
-    if (type != Moment::kF32) {
-      const float inverse = adamw::InverseScale(exponent);
+  const auto round = [&](auto known_normal) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        moment[i] =
-            RoundMoment(__fmul_rn(moment[i], inverse), type, args.stochastic, row, column + i);
-      }
-      if (lane == 0) to[block] = static_cast<uint8_t>(exponent);
+    for (int i = 0; i < kEach; ++i) {
+      const adamw::MomentBits bits = kCareful
+                                         ? adamw::BitsOfMoments(place.row_of_moments, column + i)
+                                         : adamw::BitsOfMoments(place.row_of_moments ^ column, i);
+      first[i] = RoundMoment<known_normal>(__fmul_rn(first[i], inverse1), args.first_type,
+                                           args.stochastic, bits.first);
+      second[i] = RoundMoment<known_normal>(__fmul_rn(second[i], inverse2), args.second_type,
+                                            args.stochastic, bits.second);
     }
-    Store(moment, type, codes, offset);
   };
-  write(first, args.first_type, exponents.first, place.row.first, args.first, args.first_exponents);
-  write(second, args.second_type, exponents.second, place.row.second, args.second,
-        args.second_exponents);
+  if (!kCareful && all_normal) {
+    round(std::true_type());
+  } else {
+    round(std::false_type());
+  }
+  Store(first, args.first_type, args.first, offset);
+  Store(second, args.second_type, args.second, offset);
+  if (lane == 0 && scaled1) args.first_exponents[block] = static_cast<uint8_t>(exponents.first);
+  if (lane == 0 && scaled2) args.second_exponents[block] = static_cast<uint8_t>(exponents.second);
   return true;
 }
 
@@ -462,13 +486,14 @@ __global__ void __launch_bounds__(kThreads) RowsKernel(AdamW args, Blocks rows) 
     const Element next = advance(i);
     const int64_t at = place.first + i;
     const uint32_t column = place.column + i;
-    StoreElement(RoundParam(next.param, args.param_type, place.row.param, column), args.param_type,
-                 args.param, at);
-    StoreMoment(RoundMoment(__fmul_rn(next.first, inverse1), args.first_type, args.stochastic,
-                            place.row.first, column),
+    StoreElement(RoundParam(next.param, args.param_type, place.row_of_params, column),
+                 args.param_type, args.param, at);
+    const adamw::MomentBits bits = adamw::BitsOfMoments(place.row_of_moments, column);
+    StoreMoment(RoundMoment<false>(__fmul_rn(next.first, inverse1), args.first_type,
+                                   args.stochastic, bits.first),
                 args.first_type, args.first, at);
-    StoreMoment(RoundMoment(__fmul_rn(next.second, inverse2), args.second_type, args.stochastic,
-                            place.row.second, column),
+    StoreMoment(RoundMoment<false>(__fmul_rn(next.second, inverse2), args.second_type,
+                                   args.stochastic, bits.second),
                 args.second_type, args.second, at);
   }
   // All lanes have read their row's scales: the shuffles stand between.

@@ -31,7 +31,7 @@ struct AdamW {
   // Of the bits that a slice's parameters and moments are rounded by: keys, to which a row's number
   // is added, and the number of the first column. Of a part of a tensor they tell where it lies.
   struct Keys {
-    uint32_t param, first, second, column;
+    uint32_t param, moments, column;
   };
 
   int64_t slices, rows, n;  // arrays are [slices, rows, n]
@@ -172,6 +172,17 @@ JFP4_HOST_DEVICE uint32_t Mix(uint32_t x) {
 JFP4_HOST_DEVICE uint32_t ParamBits(DType type, uint32_t row, uint32_t column) {
   if (type != DType::kBF16) return Mix(row ^ column);
   return Mix(row ^ column >> 1) << column % 2 * 16;
+}
+
+// Those that both moments are rounded by, of a row's bits: the first by the hash, of whose upper
+// bits E4M3 needs 20, the second's root by its halves exchanged, of which float16 needs 13.
+struct MomentBits {
+  uint32_t first, second;
+};
+
+JFP4_HOST_DEVICE MomentBits BitsOfMoments(uint32_t row, uint32_t column) {
+  const uint32_t hash = Mix(row ^ column);
+  return {hash, hash << 16 | hash >> 16};
 }
 
 // What a float32 is rounded to: its mantissa's explicit bits, and the power of two under which

@@ -558,7 +558,7 @@ def adamw(
     first: Moment,
     second: Moment,
     rates: Float32[Array, "5"],
-    keys: UInt32[Array, "slices 4"],
+    keys: UInt32[Array, "slices 3"],
     *,
     b1: float,
     b2: float,
@@ -578,7 +578,7 @@ def adamw(
         second: likewise.
         rates: the gradient's factor, the learning rate, 1 / (1 - b1^t), 1 / sqrt(1 - b2^t), and 0
             to change nothing.
-        keys: of the bits that param, first and second are rounded by, and the number of the first
+        keys: of the bits that param and the moments are rounded by, and the number of the first
             column, in each of as many equal parts of the rows.
         b1: decay rate of the first moment.
         b2: decay rate of the second.
