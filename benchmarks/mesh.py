@@ -26,6 +26,7 @@ from benchmarks.timing import (
     Log,
     NoTrace,
     Side,
+    covered,
     gpu_provenance,
     markdown,
     traced,
@@ -126,6 +127,7 @@ def main() -> int:
         "provenance": gpu_provenance(),
         "quick": arguments.quick,
         "devices": jax.device_count(),
+        "rounding": OptimizerConfig().rounding,
         "cases": [],
         "left_out": [],
         "errors": log.errors,
@@ -150,6 +152,7 @@ def measure_all(
 ) -> None:
     """Compiles all cases together, then times one after the other, each written at once."""
     wanted = [case for case in every if re.search(arguments.only, str(case))]
+    results["left_out"] += [str(case) for case in every if case not in wanted]
     end = log.start + arguments.seconds
     with concurrent.futures.ThreadPoolExecutor(max(len(wanted), 1)) as pool:
         futures = [pool.submit(compiled, case, arguments.quick) for case in wanted]
@@ -258,15 +261,6 @@ def shares(events: Sequence[Event], steps: int) -> dict[str, Any]:
         "exposed_ms": scale * (busy - covered(rest)),
         "kernels": {name: ms for name, ms in longest if ms >= BRIEF},
     }
-
-
-def covered(events: Iterable[Event]) -> float:
-    """Nanoseconds in which at least one of the events goes on."""
-    total, end = 0.0, 0.0
-    for event in sorted(events, key=lambda event: event.start):
-        total += max(0.0, event.end - max(event.start, end))
-        end = max(end, event.end)
-    return total
 
 
 def _words(traced: dict[str, Any] | None) -> str:

@@ -1,6 +1,7 @@
 """Where a measurement comes from: device, versions, commit and date."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -45,6 +46,12 @@ def commit() -> str:
         return named
     head = _git("rev-parse", "--short=12", "HEAD")
     return head + ("+changes" if _git("status", "--porcelain", "--", *MEASURED) else "")
+
+
+def results(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """What a benchmark has written, in the order of its files' names, but for quick looks."""
+    found = (json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json")))
+    return [result for result in found if not result.get("quick")]
 
 
 def flags_of(source: dict[str, Any]) -> str:

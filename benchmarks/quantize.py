@@ -190,10 +190,10 @@ def measured(
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((sets[0], shapes)))
     contenders = {
         "kernels": Contender(lambda: rotating(by_kernels.result(), sets), same_as_xla),
-        "XLA": Contender(lambda: rotating(by_xla.result(), sets), baseline),
+        "XLA": Contender(lambda: rotating(by_xla.result(), sets)),
     }
     if case is not THRESHOLDS:
-        contenders["copy"] = Contender(lambda: copy_side(moved // 2), baseline)
+        contenders["copy"] = Contender(lambda: copy_side(moved // 2))
     label = f"{name} {size[0]} x {size[1]}"
     times = contest(log, label, contenders, **options, wall=moved > 1 << 28)
     us = {who: 1e3 * t["ms"] for who, t in times.items()}
@@ -253,11 +253,6 @@ def _wrong(got: Any, expected: Any) -> list[Array]:
 
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
     return [jnp.sum(bits(a) != bits(b), dtype=jnp.int32) for a, b in pairs]
-
-
-def baseline(side: Side, _: Any) -> float:
-    """No check: what the others are compared with."""
-    return 0.0
 
 
 # ----------------------------------------------------------------------------------- numbers

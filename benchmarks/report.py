@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,34 @@ from benchmarks import (
     report_runs,
     train_step,
 )
-from benchmarks.provenance import RESULTS, ROOT, flags_of
+from benchmarks.provenance import RESULTS, ROOT, flags_of, results
 
 README = ROOT / "README.md"
 DOC, PICTURE = ROOT / "docs/results.md", ROOT / "docs/loss.png"
 FIRST_PICTURE = ROOT / "docs/first_tokens.png"
+FEW = 0.05
+"""A share of steps that is called few."""
 SCALING = ROOT / "docs/scaling.md"
 KERNELS, KERNELS_PICTURE = ROOT / "docs/kernels.md", ROOT / "docs/kernels.png"
+BY_DEVICE = (
+    "gemm", "quantize", "linear", "train_step", "run", "resume", "first_tokens", "mesh", "cpu",
+)  # fmt: skip
+"""Benchmarks that write a file a device, or a version."""
 
 
 def main() -> int:
     """Writes the documents, or compares them; returns the exit status."""
     loss = json.loads((RESULTS / "loss.json").read_text())
-    cpus = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("run-*.json"))]
-    resumed = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("resume-*.json"))]
-    firsts = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("first_tokens-*.json"))]
-    steps = next((json.loads(p.read_text()) for p in RESULTS.glob("train_step-*.json")), None)
-    meshes = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mesh-*.json"))]
     scaling = json.loads((RESULTS / "scaling.json").read_text())
-    kernels = report_kernels.load()
-    tables = {"results": loss_table(loss), "kernels": report_kernels.readme(kernels, steps)}
-    measured = {"measurements": report_kernels.measurements(kernels)}
+    found = {name: results(name) for name in BY_DEVICE}
+    tables = {"results": loss_table(loss), "kernels": report_kernels.readme(found)}
+    measured = {"measurements": report_kernels.measurements(found)}
     wanted = {
-        DOC: document(loss, cpus, runs, resumed, firsts, steps),
+        DOC: document(loss, found),
         README: fill(README.read_text(), tables),
         SCALING: fill(
             SCALING.read_text(),
-            {"mesh": report_meshes.measured(meshes), "scaling": scaling_tables(scaling)},
+            {"mesh": report_meshes.measured(found["mesh"]), "scaling": scaling_tables(scaling)},
         ),
         KERNELS: fill(KERNELS.read_text(), measured),
     }
@@ -61,9 +62,9 @@ def main() -> int:
     for path, text in wanted.items():
         path.write_text(text)
     draw(loss, PICTURE)
-    if firsts:
+    if firsts := found["first_tokens"]:
         report_first_tokens.draw(firsts, FIRST_PICTURE)
-    report_kernels.draw(kernels, KERNELS_PICTURE)
+    report_kernels.draw(found, KERNELS_PICTURE)
     return 0
 
 
@@ -77,24 +78,17 @@ def fill(text: str, bodies: dict[str, str]) -> str:
     return text
 
 
-def document(
-    loss: dict[str, Any],
-    cpus: list[dict[str, Any]],
-    runs: list[dict[str, Any]],
-    resumed: list[dict[str, Any]],
-    firsts: list[dict[str, Any]],
-    steps: dict[str, Any] | None,
-) -> str:
+def document(loss: dict[str, Any], found: Mapping[str, list[dict[str, Any]]]) -> str:
     """The whole of docs/results.md."""
     study, source = loss["study"], loss["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     tokens = loss["runs"][0]["tokens"]
     parts = "".join(
         (
-            report_first_tokens.section(firsts, noise(loss)),
-            train_steps(steps),
-            report_runs.large(runs),
-            report_runs.resumed(resumed),
+            report_first_tokens.section(found["first_tokens"], noise(loss)),
+            *map(train_steps, found["train_step"]),
+            report_runs.large(found["run"]),
+            report_runs.resumed(found["resume"]),
         )
     )
     return f"""# Results
@@ -129,14 +123,12 @@ steps, past the first tenth, whose gradient norm exceeded the clipping threshold
 
 {parts}## CPU
 
-{cpu_tables(cpus)}
+{cpu_tables(found["cpu"])}
 """
 
 
-def train_steps(results: dict[str, Any] | None) -> str:
-    """A section on the train step's speed and its parts; nothing where it was not measured."""
-    if results is None:
-        return ""
+def train_steps(results: dict[str, Any]) -> str:
+    """A section on the train step's speed and its parts."""
     source, state = results["provenance"], results["optimizer"]
     layers = " or ".join(
         f"{step['layers']} layers ({step['model'].removeprefix('llama').upper()})"
@@ -146,10 +138,10 @@ def train_steps(results: dict[str, Any] | None) -> str:
 
 Of models with the full width and {layers}, written out, nothing recomputed,
 {results["steps"][0]["tokens"]:,} tokens in sequences of {train_step.LENGTH:,}; weights in
-{state["master"]}, moments in {state["first_moment"]} and {state["second_moment"]}; the recipes by
-turns, medians. TFLOP/s are of the model's arithmetic, whatever
-it is computed in. On {source["device"]}; jax {source["versions"]["jax"]}; commit
-{source["commit"]}{flags_of(source)}. Such steps run at the power that the GPU is
+{state["master"]}, moments in {state["first_moment"]} and {state["second_moment"]}, rounded
+{report_runs.ROUNDED[state["rounding"]]}; the recipes by turns, medians. TFLOP/s are of the model's
+arithmetic, whatever it is computed in. On {source["device"]}; jax {source["versions"]["jax"]};
+commit {source["commit"]}{flags_of(source)}. Such steps run at the power that the GPU is
 allowed, so GPUs of one kind differ in all recipes alike.
 
 {train_step.table(results)}
@@ -254,13 +246,30 @@ def loss_table(loss: dict[str, Any]) -> str:
 
 
 def lessons(loss: dict[str, Any]) -> str:
-    """What the numbers say, worded by their signs and sizes."""
-    gap = {variant: statistics.mean(_gaps(loss, variant)) for variant in _by_variant(loss)}
+    """What the numbers say, worded by their signs and sizes.
+
+    Raises:
+        ValueError: they no longer say it.
+    """
+    runs_of = _by_variant(loss)
+    gap = {variant: statistics.mean(_gaps(loss, variant)) for variant in runs_of}
     seeds = noise(loss)
     norm = {
         variant: statistics.mean(run["grad_norm"] for run in runs)
-        for variant, runs in _by_variant(loss).items()
+        for variant, runs in runs_of.items()
     }
+    by_rate = gaps_by_rate(loss["sweep"])
+    clipped = max(run["clipped"] for variant in ("cast + OCC", "fp4") for run in runs_of[variant])
+    _expect(
+        {
+            "DGE moves the loss by more than the cast costs": abs(
+                gap["cast + DGE"] - gap["fp4_cast"]
+            )
+            > abs(gap["fp4_cast"]),
+            "clipping acts on few steps": clipped < FEW,
+            "the gap falls as the learning rate rises": by_rate == sorted(by_rate, reverse=True),
+        }
+    )
     lines = [
         f"BF16 itself moves by {seeds:.4f} nats (standard deviation) from seed to seed.",
         f"FP8 with the same scaling {_costs(gap['fp8'], seeds)}.",
@@ -273,7 +282,7 @@ def lessons(loss: dict[str, Any]) -> str:
         f"norm goes from {norm['cast + OCC']:.2f} to {norm['fp4']:.2f}. Clipping acts on few "
         "steps here, so it is not what makes the difference; what remains is that the estimator "
         "damps and perturbs the updates, which a short run at this learning rate rewards.",
-        f"The sweep shows it: fp4 less bf16, with one seed, is {_gaps_by_rate(loss['sweep'])}. The "
+        f"The sweep shows it: fp4 less bf16, with one seed, is {_gap_words(loss['sweep'])}. The "
         "gap falls as the learning rate rises: fp4 stands higher rates than BF16 does.",
         _closing(loss),
         f"The mean shift moves the loss of fp4 by {gap['fp4 + mean shift'] - gap['fp4']:+.4f}.",
@@ -299,6 +308,7 @@ def _closing(loss: dict[str, Any]) -> str:
     curves = (_mean_curve(by_variant[variant]) for variant in ("fp4", "bf16"))
     gaps = [a - b for a, b in zip(*curves, strict=True)]
     lowest = min(range(len(gaps)), key=lambda i: gaps[i])
+    _expect({"fp4's lead is largest just after the warm-up": lowest < 0.2 * len(gaps)})
     return (
         f"And the picture shows when: in training loss fp4's lead is largest, {gaps[lowest]:+.2f}, "
         f"at {millions * (lowest + 0.5) / len(gaps):.1f} million tokens, just after the warm-up, "
@@ -307,10 +317,25 @@ def _closing(loss: dict[str, Any]) -> str:
     )
 
 
-def _gaps_by_rate(sweep: list[dict[str, Any]]) -> str:
+def gaps_by_rate(sweep: list[dict[str, Any]]) -> list[float]:
+    """Validation loss of fp4 less that of bf16, by rising learning rate."""
     by = {(result["variant"], result["lr"]): result["valid_loss"] for result in sweep}
-    rates = sorted({result["lr"] for result in sweep})
-    return ", ".join(f"{by['fp4', lr] - by['bf16', lr]:+.4f} at {lr:g}" for lr in rates)
+    return [by["fp4", lr] - by["bf16", lr] for lr in _rates(sweep)]
+
+
+def _rates(sweep: list[dict[str, Any]]) -> list[float]:
+    return sorted({result["lr"] for result in sweep})
+
+
+def _gap_words(sweep: list[dict[str, Any]]) -> str:
+    pairs = zip(gaps_by_rate(sweep), _rates(sweep), strict=True)
+    return ", ".join(f"{gap:+.4f} at {lr:g}" for gap, lr in pairs)
+
+
+def _expect(said: dict[str, bool]) -> None:
+    """Refuses words that the numbers do not bear out."""
+    if wrong := [words for words, holds in said.items() if not holds]:
+        raise ValueError(f"loss.json no longer says that {' or that '.join(wrong)}; reword lessons")
 
 
 def cpu_tables(cpus: list[dict[str, Any]]) -> str:
@@ -323,18 +348,16 @@ def cpu_tables(cpus: list[dict[str, Any]]) -> str:
                 source["versions"]["jax"],
                 f"{product['ms']['float32']:.1f}",
                 f"{product['ms']['int8']:.1f}",
-                f"{product['int8 over float32']:.2f}x",
-                f"{step['ms']['bf16']:.0f}",
-                f"{step['ms']['fp4']:.0f}",
-                f"{step['fp4 over bf16']:.2f}x",
+                *(f"{product['ms'][name]:.1f}" for name in ("codes to sums", "host")),
+                *(f"{step['ms'][name]:.0f}" for name in ("bf16", "fp4", "fp4, host")),
             ]
         )
     if not cpus:
         return "Not measured yet."
     source, shape = cpus[0]["provenance"], cpus[0]["product"]["m, k, n"]
     vnni = "with" if source["vnni"] else "without"
-    head = ["jax", "float32 product, ms", "int8, ms", "speed-up"]
-    head += ["bf16 step, ms", "fp4 step, ms", "speed-up"]
+    head = ["jax", "float32 product, ms", "int8", "codes, XLA", "codes, host"]
+    head += ["bf16 step, ms", "fp4, XLA", "fp4, host"]
     return (
         f"{source['device']}, {source['cores']} cores, {vnni} VNNI. The product is "
         f"{' x '.join(str(n) for n in shape)} on E2M1 codes, its sums equal to float64's; the step "

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.report_runs import ROUNDED
 from benchmarks.timing import markdown
 
 
@@ -21,12 +22,15 @@ def section(results: list[dict[str, Any]], noise: float) -> str:
         return ""
     rows = [_row(run, runs[0]) for runs in groups.values() for run in runs]
     head = ["run", "device", "tokens", "a step", "learning rate", "warm-up", "highest loss",
-            "training loss", "validation", "less the first's", "clipped", "skipped", "tokens/s",
+            "training loss", "validation", "less the first row's", "clipped", "skipped", "tokens/s",
             "peak GiB"]  # fmt: skip
     commits = ", ".join(dict.fromkeys(run["commit"] for r in results for run in r["runs"]))
     speeds = [run["tokens_per_s"] for runs in groups.values() for run in runs]
+    # Of before it was kept, and could be nothing else.
+    roundings = {run.get("rounding", "nearest") for runs in groups.values() for run in runs}
+    rounded = " or ".join(ROUNDED[rounding] for rounding in sorted(roundings))
     narrow = (
-        ", but llama7b's in BF16, rounded stochastically, and in E4M3 and FP16"
+        f", but llama7b's in BF16, rounded stochastically, and in E4M3 and FP16, rounded {rounded}"
         if "llama7b" in groups
         else ""
     )

@@ -3,22 +3,21 @@
 Sections whose results are not there are left out.
 """
 
-import json
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.provenance import RESULTS, flags_of
+from benchmarks.provenance import flags_of
 from benchmarks.timing import markdown
 
-Results = dict[str, list[dict[str, Any]]]
+Results = Mapping[str, Sequence[dict[str, Any]]]
 """By benchmark, one entry a device."""
 
-BENCHMARKS = ("gemm", "quantize", "linear")
 COLORS = {
     "products": "tab:blue",
     "quantise": "tab:orange",
@@ -27,18 +26,6 @@ COLORS = {
     "copies": "tab:brown",
     "gaps": "gainsboro",
 }
-
-
-def load(folder: Path = RESULTS) -> Results:
-    """Reads what the benchmarks of GPUs have written, but for quick looks."""
-    return {
-        name: [
-            results
-            for path in sorted(folder.glob(f"{name}-*.json"))
-            if not (results := json.loads(path.read_text()))["quick"]
-        ]
-        for name in BENCHMARKS
-    }
 
 
 def measurements(results: Results) -> str:
@@ -51,7 +38,7 @@ def measurements(results: Results) -> str:
     return _paragraphs(sections) or "Not measured yet."
 
 
-def readme(results: Results, steps: dict[str, Any] | None) -> str:
+def readme(results: Results) -> str:
     """What the README says of speed: one line a device and kind of product, layer or train step."""
     rows = []
     for r in results["gemm"]:
@@ -64,7 +51,21 @@ def readme(results: Results, steps: dict[str, Any] | None) -> str:
                 "the same, over the best FP8 product",
                 _mean(ratio["jfp4 over the best FP8"]),
             ],
-            [device, "packed product, few rows, over FP8", _mean(ratio["packed over FP8"])],
+            [
+                device,
+                "the same, over cuBLASLt's without scales a row",
+                _mean(ratio["jfp4 over one scale"]),
+            ],
+            [
+                device,
+                "packed product of up to 64 rows, over FP8 with scales a row",
+                _mean(ratio["packed over FP8"]),
+            ],
+            [
+                device,
+                "the same, over cuBLASLt's without scales a row",
+                _mean(ratio["packed over one scale"]),
+            ],
         ]
     for r in results["linear"]:
         for label, means in r["speed-ups"].items():
@@ -72,9 +73,9 @@ def readme(results: Results, steps: dict[str, Any] | None) -> str:
                 rows.append(
                     [r["provenance"]["device"], f"{label}, fp4 over BF16", _times(means["fp4"])]
                 )
-    if steps is not None:
-        device = steps["provenance"]["device"]
-        for line in steps["steps"]:
+    for r in results["train_step"]:
+        device = r["provenance"]["device"]
+        for line in r["steps"]:
             width = line["model"].removeprefix("llama").upper()
             ratio = line["times"]["bf16"]["ms"] / line["times"]["fp4"]["ms"]
             rows.append([device, f"{width} width, a train step, fp4 over BF16", _times(ratio)])
@@ -99,15 +100,17 @@ def products(r: dict[str, Any]) -> str:
     text = f"""### Products of codes
 
 TFLOP/s, medians of device time, all sides by turns in one process, on E2M1 codes of Gaussian
-tensors; "BF16" multiplies the tensors themselves, "BF16, codes" the codes. Only this library's
-sides and those with row-wise scales compute the whole result.
+tensors; "BF16" multiplies the tensors themselves, "BF16, codes" the codes. Of a call the time in
+which a kernel runs counts. Only this library's sides and those with row-wise scales compute the
+whole result; "over FP8" is over the better of "XLA FP8" and "torch, row-wise".
 {source(r)}
 
 {_rates(r["codes"], _ratio_columns(ratios))}
 
-In the geometric mean the product is {_mean(ratios["jfp4 over the best FP8"]["geomean"])} the best
-of the other FP8 products and {_mean(ratios["jfp4 over BF16"]["geomean"])} BF16; promoted,
-{_mean(ratios["jfp4, promoted over BF16"]["geomean"])} BF16."""
+In the geometric mean the product is {_mean(ratios["jfp4 over the best FP8"]["geomean"])} the better
+of these two, {_mean(ratios["jfp4 over one scale"]["geomean"])} cuBLASLt's with one scale for all,
+which computes less, and {_mean(ratios["jfp4 over BF16"]["geomean"])} BF16; promoted,
+{_mean(ratios["jfp4, promoted over BF16"]["geomean"])} BF16. {_spread(r["codes"])}"""
     if r["gradients"]:
         text += f"\n\nE5M2 codes of a gradient times E2M1 codes:\n\n{_rates(r['gradients'], {})}"
     return text
@@ -116,14 +119,12 @@ of the other FP8 products and {_mean(ratios["jfp4 over BF16"]["geomean"])} BF16;
 def few_rows(r: dict[str, Any]) -> str:
     """Times of packed products."""
     names = _names(r["packed"])
-    over = {f"over {rival}": r["ratios"][f"packed over {rival}"] for rival in ("FP8", "BF16")}
+    rivals = ("FP8", "one scale", "BF16")
+    over = {f"over {rival}": r["ratios"][f"packed over {rival}"] for rival in rivals}
     rows = [
         [
             _shape(line),
-            *(
-                _number(1e3 * line["times"][n]["ms"], 1) if n in line["times"] else ""
-                for n in names
-            ),
+            *(_number(1e3 * line["ms"][n], 1) if n in line["ms"] else "" for n in names),
             *(_times(ratio["by shape"].get(_shape(line))) for ratio in over.values()),
         ]
         for line in r["packed"]
@@ -131,8 +132,10 @@ def few_rows(r: dict[str, Any]) -> str:
     means = " and ".join(f"{_mean(r['geomean'])} {n}" for n, r in over.items() if r["geomean"])
     return f"""### Packed products
 
-Microseconds a product; weights are taken from memory, not from the cache. In the geometric mean
-{means}.
+Microseconds a product, in which a kernel runs; weights are taken from memory, not from the cache.
+"Over FP8" is over torch's with scales a row, which computes the same; "over one scale" over
+cuBLASLt's that has one for all. In the geometric mean of up to 64 rows
+{means}. {_spread(r["packed"])}
 {source(r)}
 
 {markdown(["m x k x n", *names, *over], rows)}"""
@@ -190,6 +193,7 @@ def quantisation(r: dict[str, Any]) -> str:
 
 TB/s of bytes read once and written once, and the share of a copy's speed, {speed:.2f} TB/s; XLA's
 speed for the same outputs in brackets. Every output has the XLA path's bits. {_copy_of_little(r)}
+{_spread(lines)}
 {source(r)}
 
 {_paragraphs(tables)}
@@ -242,7 +246,9 @@ def layers(r: dict[str, Any]) -> str:
     text = f"""### Linear layers
 
 Milliseconds, BF16 activations and weights; "products" are fp4's FP8 products alone, on codes that
-are there already, and the limit their share of fp4's time. {source(r)}
+are there already, and the limit their share of fp4's time. Alone they draw more power than among
+quantisers, and run at a lower clock for it: what they take within a layer is in the last table.
+{_spread(r["layers"])} {source(r)}
 
 Forward:
 
@@ -312,6 +318,17 @@ def draw(results: Results, path: Path) -> bool:
 
 
 # --------------------------------------------------------------------------------------- cells
+
+
+def _spread(lines: Sequence[dict[str, Any]]) -> str:
+    """How far apart the quartiles of a number's calls are."""
+    spreads = [t["spread"] for line in lines for t in line["times"].values() if "spread" in t]
+    if not spreads:
+        return ""
+    return (
+        f"The quartiles of a number's calls are {statistics.median(spreads):.1%} of it apart, in "
+        f"the median of all numbers, and {max(spreads):.0%} at most."
+    )
 
 
 def _lines(parts: Sequence[str]) -> str:

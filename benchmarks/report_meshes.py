@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from benchmarks import mesh
+from benchmarks import mesh, report_runs
 from benchmarks.provenance import flags_of
 
 CASE = ("model", "recipe", "mesh", "grad_comm", "overlap")
@@ -23,13 +23,17 @@ def measured(results: list[dict[str, Any]]) -> str:
     """A part a machine; that nothing was measured, where there is none."""
     if not results:
         return "Nothing yet on more than one GPU; `python -m benchmarks.mesh` measures it."
-    return "\n\n".join([_how(), *map(_part, results)])
+    return "\n\n".join([_how(results), *map(_part, results)])
 
 
-def _how() -> str:
+def _how(results: list[dict[str, Any]]) -> str:
+    # Of before it was kept, and could be nothing else.
+    roundings = {result.get("rounding", "nearest") for result in results}
+    rounded = " or ".join(report_runs.ROUNDED[rounding] for rounding in sorted(roundings))
     return f"""A GPU has {mesh.SEQUENCES} sequences of {mesh.LENGTH:,} tokens a step. Models are
 whole: llama1b with weights and moments in float32, llama7b with weights in BF16, rounded
-stochastically, and moments in E4M3 and FP16; layers are written out, and nothing is recomputed.
+stochastically, and moments in E4M3 and FP16, rounded {rounded}; layers are written out, and nothing
+is recomputed.
 Along data and fsdp each GPU has sequences of its own, so twice as many GPUs have twice the batch;
 along tensor they share that same larger batch, each computing its part of every product. Over one
 GPU stand the tokens a second of all GPUs over those of one with its {mesh.SEQUENCES} sequences.

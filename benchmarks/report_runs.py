@@ -4,6 +4,9 @@ from typing import Any
 
 from benchmarks.timing import markdown
 
+ROUNDED = {"nearest": "to nearest", "stochastic": "stochastically"}
+"""How moments are rounded, by the flag."""
+
 
 def large(runs: list[dict[str, Any]]) -> str:
     """A section on models that fill a GPU; nothing where none was run."""
@@ -13,7 +16,7 @@ def large(runs: list[dict[str, Any]]) -> str:
         [
             f"{run['model']}, {run['recipe']}",
             run["device"],
-            "{master}, {first_moment}, {second_moment}".format(**run["optimizer"]),
+            "{master}, {first_moment}, {second_moment}, {rounding}".format(**run["optimizer"]),
             run["remat"],
             "scanned" if run["scan_layers"] else "written out",
             " x ".join(str(n) for n in run["batch_size, seq_len"]),
@@ -25,8 +28,8 @@ def large(runs: list[dict[str, Any]]) -> str:
         ]
         for run in runs
     ]
-    head = ["run", "device", "weights, moments", "remat", "layers", "tokens a step", "tokens/s",
-            "peak GiB", "plan, off by", "steps", "loss"]  # fmt: skip
+    head = ["run", "device", "weights, moments, their rounding", "remat", "layers",
+            "tokens a step", "tokens/s", "peak GiB", "plan, off by", "steps", "loss"]  # fmt: skip
     commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
     return f"""## Large models on one GPU
 
@@ -75,6 +78,9 @@ def _resumed(result: dict[str, Any]) -> str:
             f"the process held at most {_gib(first['host_bytes'])} of host memory, and",
             f"{_gib(second['host_bytes'])} when it was resumed, which took",
             f"{second['start_seconds']:.0f} s to the end of its first step.",
+            f"Flags: `{' '.join(result['flags'])}`; moments are rounded",
+            # Of before it was kept, and could be nothing else.
+            f"{ROUNDED[result.get('rounding', 'nearest')]}.",
             f"jax {result['versions']['jax']}; commit {result['commit']}.",
         )
     )

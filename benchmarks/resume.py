@@ -118,6 +118,7 @@ def killed_and_resumed(own: argparse.Namespace, flags: Sequence[str]) -> dict[st
         "model": config["model"],
         "recipe": config["recipe"],
         "layers": config["llama"]["num_layers"],
+        "rounding": config["optimizer"]["rounding"],
         "flags": [flag for flag in flags if not flag.startswith("--data")],
         "batch_size, seq_len": [config["batch_size"], config["seq_len"]],
         "saved": own.saved,

@@ -3,8 +3,9 @@
 A few tens of microseconds of kernel cannot be timed from Python, which needs as long to dispatch a
 call. The trace of JAX's profiler has the start and end of every kernel in the process, PyTorch's
 among them, to the nanosecond; a call takes from its first kernel's start to its last one's end, so
-that gaps between its kernels count and gaps between calls do not. The wall clock of calls
-dispatched back to back, which bounds it from above, is recorded beside it.
+that gaps between its kernels count and gaps between calls do not. Under the profiler such a gap may
+be ten microseconds that a graph of launches does not have, so the time in which a kernel runs is
+recorded beside it, and so is the wall clock of calls dispatched back to back.
 """
 
 import argparse
@@ -96,8 +97,8 @@ def measure(
     Returns:
         By side: ``ms``, the median over all calls of the time from a call's first kernel to the
         end of its last; ``spread``, the distance of the quartiles as a share of it; ``busy_ms``,
-        the time within kernels; ``wall_ms``; ``kernels``, milliseconds a call by kernel name; and
-        ``parts``, the same by label.
+        the median time in which a kernel runs; ``wall_ms``; ``kernels``, milliseconds a call by
+        kernel name; and ``parts``, the same by label.
         Without a usable trace, ``ms`` is ``wall_ms``; ``clock`` says which it was.
     """
     for side in sides.values():
@@ -139,6 +140,7 @@ def turns(count: int, rounds: int) -> list[list[int]]:
 def summary(groups: Sequence[list[Event]], calls: int) -> dict[str, Any]:
     """Numbers of one side, from groups of events that stand for ``calls`` calls each."""
     spans = [1e-6 * (max(e.end for e in group) - group[0].start) / calls for group in groups]
+    busy = [1e-6 * covered(group) / calls for group in groups]
     kernels = _milliseconds(((e.name, e) for group in groups for e in group), len(groups) * calls)
     ms = statistics.median(spans)
     low, _, high = statistics.quantiles(spans, n=4)
@@ -146,9 +148,18 @@ def summary(groups: Sequence[list[Event]], calls: int) -> dict[str, Any]:
         "ms": ms,
         "spread": (high - low) / ms,
         "clock": "trace" if calls == 1 else "trace, gaps between calls included",
-        "busy_ms": sum(kernels.values()),
+        "busy_ms": statistics.median(busy),
         "kernels": kernels,
     }
+
+
+def covered(events: Iterable[Event]) -> float:
+    """Nanoseconds in which at least one of the events goes on."""
+    total, end = 0.0, 0.0
+    for event in sorted(events, key=lambda event: event.start):
+        total += max(0.0, event.end - max(event.start, end))
+        end = max(end, event.end)
+    return total
 
 
 def _milliseconds(events: Iterable[tuple[str, Event]], calls: int) -> dict[str, float]:
@@ -237,12 +248,17 @@ def split(windows: Sequence[list[Event]], calls: int) -> tuple[list[list[Event]]
 def wall_seconds(
     sides: Mapping[str, Side], *, rounds: int, few: int = 4, many: int = 20
 ) -> dict[str, float]:
-    """Median seconds a call: the difference of a long and a short run, so without their ends."""
+    """Median seconds a call: the difference of a long and a short run, so without their ends.
+
+    Before either stands a short one that is not timed: what another side has left in the caches and
+    of the clocks would make the first take longer, and so the difference too little.
+    """
     names = list(sides)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in turns(len(names), rounds):
         for name in (names[i] for i in turn):
             ends = []
+            sides[name].run(few)
             for calls in (few, many):
                 start = time.perf_counter()
                 sides[name].run(calls)
@@ -297,11 +313,12 @@ class Contender:
 
     Attributes:
         build: compiles it.
-        check: given it and all that are built, returns its error, or raises if that is too large.
+        check: given it and all that are built, returns its error, or raises if that is too large;
+            None: what others are compared with.
     """
 
     build: Callable[[], Side]
-    check: Callable[[Side, Mapping[str, Side]], float]
+    check: Callable[[Side, Mapping[str, Side]], float] | None = None
 
 
 def contest(
@@ -310,7 +327,8 @@ def contest(
     """Compiles all contenders at once, checks them one by one, times those that are right.
 
     Returns:
-        What ``measure`` does, with the ``error`` of each beside its times.
+        What ``measure`` does, with the ``error`` of each beside its times, None if it was not
+        checked.
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         futures = {name: pool.submit(c.build) for name, c in contenders.items()}
@@ -319,13 +337,16 @@ def contest(
             for name, future in futures.items()
             if (side := log.attempt(f"{name}, {label}", future.result)) is not None
         }
-    errors = {
-        name: log.attempt(
-            f"{name}, {label}", functools.partial(contenders[name].check, side, built)
-        )
-        for name, side in built.items()
-    }
-    right = {name: side for name, side in built.items() if errors[name] is not None}
+    errors: dict[str, float | None] = {}
+    for name, side in built.items():
+        check = contenders[name].check
+        if check is None:
+            errors[name] = None
+        elif (
+            error := log.attempt(f"{name}, {label}", functools.partial(check, side, built))
+        ) is not None:
+            errors[name] = error
+    right = {name: built[name] for name in errors}
     times = measure(right, **options) if right else {}
     return {name: {"error": errors[name], **result} for name, result in times.items()}
 

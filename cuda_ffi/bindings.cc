@@ -7,7 +7,7 @@ namespace py = pybind11;
 
 // Operands, results and attributes of the targets as a number: ffi.py asks for the same one, so
 // that a module left over from another version is found out. Raise both when any of them changes.
-constexpr int kInterface = 12;
+constexpr int kInterface = 13;
 
 // Every target, and the name of its handlers less the platform.
 #define JFP4_TARGETS(X)                           \

@@ -191,11 +191,13 @@ def scale_by_adam(
             return encode(jnp.sqrt(v), second, None if own is None else own << 16 | own >> 16)
 
         numbers = numbered(grads)
-        return updates, optax.ScaleByAdamState(
+        kept = optax.ScaleByAdamState(
             new.count,
             jax.tree.map(encode_first, numbers, new.mu),
             jax.tree.map(encode_second, numbers, new.nu),
         )
+        # Of what they came in, which may be no Blocks: see decode.
+        return updates, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(kept))
 
     def limit(m: Array, root: Array) -> Array:
         return m if math.isinf(bound) else jnp.clip(m, -bound * root, bound * root)
@@ -242,8 +244,12 @@ def encode(x: Float32[Array, "..."], format: str, bits: Array | None) -> Any:
 
 
 def decode(moment: Any) -> Float32[Array, "..."]:
-    """A moment's values."""
-    return from_blocks(moment) if isinstance(moment, Blocks) else moment
+    """A moment's values.
+
+    A step of ``flax.nnx.Optimizer`` leaves a ``State`` of their arrays in the place of ``Blocks``.
+    """
+    parts = jax.tree.leaves(moment)
+    return from_blocks(Blocks(*parts)) if len(parts) == 2 else parts[0]
 
 
 def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:

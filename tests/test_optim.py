@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jfp4 import optim
+from jfp4 import AdamW, optim
 
 B1, B2, EPS = 0.9, 0.95, 1e-8
 NARROW = [("e4m3", "float16"), ("float16", "float16"), ("e4m3", "float32"), ("float32", "float16")]
@@ -194,6 +195,33 @@ def test_stochastic_rounding_is_a_function_of_seed_step_leaf_and_part():
     assert all(np.any(a != other) for other in others)
     fresh = adam(seed=1).init(grads)._replace(count=jnp.int32(1))
     assert np.any(a != np.asarray(adam(seed=1).update(grads, fresh)[1].mu["a"].codes))
+
+
+@pytest.mark.parametrize(("first", "second"), [*NARROW, ("float32", "float32")])
+@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+def test_nnx_optimizers_take_the_steps_of_the_chain(first, second, jit):
+    """``nnx.Optimizer`` keeps ``Blocks`` as a ``State`` of their arrays from its first step on."""
+    chain = AdamW(1e-2, clip_norm=1.0, first=first, second=second).transformation()
+    model = nnx.Linear(128, 3, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    update = jit(lambda optimizer, model, grads: optimizer.update(model, grads) and None)
+
+    @(jax.jit if jit is nnx.jit else jit)
+    def step(params, state, grads):
+        updates, state = chain.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = chain.init(params)
+    for number in range(4):
+        grads = jax.tree.map(lambda p, n=number: jnp.sin(p * 100 + n), params)
+        grads["bias"] = grads["bias"] * (jnp.nan if number == 2 else 1)  # a step that is skipped
+        update(optimizer, model, nnx.State(jax.tree.map(nnx.Param, grads)))
+        params, state = step(params, state, grads)
+        jax.tree.map(
+            np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model, nnx.Param)), params
+        )
+    assert int(optimizer.opt_state.total_notfinite[...]) == 1
 
 
 def test_nothing_that_is_not_finite_becomes_a_number():

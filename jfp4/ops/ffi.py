@@ -38,7 +38,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw", "rms_norm")
 """What has kernels."""
 
-INTERFACE = 12
+INTERFACE = 13
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"

@@ -193,7 +193,7 @@ def _fprop(
     # itself, which lives through the step anyway.
     kept_w = jnp.empty(0, w.dtype) if recipe.dge_k is None else w
     dtypes = (jnp.empty(0, x.dtype), None if bias is None else jnp.empty(0, bias.dtype))
-    places = (Place.of(x), Place.of(w), Place.of(x if bias is None else bias))
+    places = (Place.of(x, w), Place.of(w, x), Place.of(x if bias is None else bias, x, w))
     return y, (xq_t, residual, prepared.dgrad, kept_w, calibration, dtypes, places)
 
 

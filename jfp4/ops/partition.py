@@ -26,7 +26,7 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 Axes = tuple[str, ...]
@@ -138,21 +138,30 @@ WHOLE = Part({})
 
 def unfit() -> str:
     """Why a kernel cannot be had for what is traced now; empty if it can."""
-    kinds = set(jax.sharding.get_abstract_mesh().axis_types)
-    if len(kinds) > 1 and not _alone():
+    if len(set(mesh_of().axis_types)) > 1 and not _alone():
         return "axes of the mesh differ in type; expected all automatic, explicit or manual"
     return ""
 
 
+def mesh_of(*arrays: Array) -> AbstractMesh:
+    """The mesh in force; without one, the mesh of explicit axes that an array's type names."""
+    in_force = jax.sharding.get_abstract_mesh()
+    if in_force.empty:
+        for mesh in (jax.typeof(x).sharding.mesh for x in arrays):
+            if set(mesh.axis_types) == {AxisType.Explicit}:
+                return mesh
+    return in_force
+
+
 def _alone() -> bool:
     """Whether nothing can be divided. Without a mesh in force arrays may still lie on one."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_of()
     return jax.device_count() == 1 if mesh.empty else mesh.size == 1
 
 
 def _undivided() -> bool:
     """Whether a function sees all of its operands that it ever will: also within a shard_map."""
-    return _alone() or set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Manual}
+    return _alone() or set(mesh_of().axis_types) == {AxisType.Manual}
 
 
 def divided(fn: Callable[..., T], rule: Rule) -> Callable[..., T]:
@@ -171,7 +180,12 @@ def divided(fn: Callable[..., T], rule: Rule) -> Callable[..., T]:
     """
 
     def call(*operands: Array | None) -> Any:
-        kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+        given = [operand for operand in operands if operand is not None]
+        mesh = mesh_of(*given)
+        if mesh != mesh_of():
+            with jax.sharding.use_abstract_mesh(mesh):
+                return call(*operands)
+        kinds = set(mesh.axis_types)
         if _undivided() or len(kinds) > 1:
             return fn(WHOLE, *operands)
 
@@ -185,7 +199,6 @@ def divided(fn: Callable[..., T], rule: Rule) -> Callable[..., T]:
             rule.results,
             None if rule.inner is None else sum(x is not None for x in operands[:inner]),
         )
-        given = [operand for operand in operands if operand is not None]
         by_kind = _explicitly if kinds == {AxisType.Explicit} else _automatically
         return by_kind(of_given, present)(*given)
 
@@ -222,20 +235,21 @@ class Place:
     """Where an array on explicit axes lies, which its gradient has to as well.
 
     Attributes:
-        spec: None elsewhere.
+        sharding: None elsewhere.
     """
 
-    spec: PartitionSpec | None
+    sharding: NamedSharding | None
 
     @classmethod
-    def of(cls, x: Array) -> "Place":
-        """The place of an array."""
-        kinds = set(jax.sharding.get_abstract_mesh().axis_types)
-        return cls(jax.typeof(x).sharding.spec if kinds == {AxisType.Explicit} else None)
+    def of(cls, x: Array, *others: Array) -> "Place":
+        """The place of an array; where it lies on no mesh, that of all of it beside others."""
+        mesh = mesh_of(x, *others)
+        explicit = set(mesh.axis_types) == {AxisType.Explicit}
+        return cls(NamedSharding(mesh, jax.typeof(x).sharding.spec) if explicit else None)
 
     def put(self, x: Array) -> Array:
         """``x``, at this place."""
-        return x if self.spec is None else jax.sharding.reshard(x, self.spec)
+        return x if self.sharding is None else jax.sharding.reshard(x, self.sharding)
 
 
 def places(
@@ -253,8 +267,9 @@ def places(
     """
     if _undivided():
         return [None] * len(arrays)
-    if set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Explicit}:
-        return [jax.typeof(x).sharding for x in arrays]
+    mesh = mesh_of(*arrays)
+    if set(mesh.axis_types) == {AxisType.Explicit}:
+        return [NamedSharding(mesh, jax.typeof(x).sharding.spec) for x in arrays]
     return told
 
 
@@ -283,7 +298,9 @@ def by_parts(fn: Callable[..., T], place: NamedSharding | None, arrays: Any, *wh
 
     specs = jax.tree.map(lambda x: PartitionSpec(*entries[first.ndim - x.ndim :]), arrays)
     if set(place.mesh.axis_types) == {AxisType.Explicit}:
-        arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
+        arrays = jax.tree.map(
+            lambda x, spec: jax.sharding.reshard(x, NamedSharding(place.mesh, spec)), arrays, specs
+        )
     return jax.shard_map(
         of_part,
         mesh=place.mesh,

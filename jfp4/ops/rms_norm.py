@@ -89,7 +89,7 @@ def _alone_forward(epsilon: float, x: Array, scale: Array) -> tuple[Array, tuple
 def _alone_backward(epsilon: float, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, scale = saved
     dx, dscale = _backward(epsilon, x, scale, dy, None)
-    return Place.of(x).put(dx), Place.of(scale).put(dscale)
+    return Place.of(x, scale).put(dx), Place.of(scale, x).put(dscale)
 
 
 _alone.defvjp(_alone_forward, _alone_backward)
@@ -104,7 +104,8 @@ def _of_stream_forward(
     epsilon: float, terms: tuple[Array, ...], scale: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[Place, ...]]]:
     stream, y = _of_stream(epsilon, terms, scale)
-    return (stream, y), (stream, scale, tuple(map(Place.of, terms)))
+    places = tuple(Place.of(x, scale) for x in terms)
+    return (stream, y), (stream, scale, places)
 
 
 def _of_stream_backward(
@@ -115,7 +116,8 @@ def _of_stream_backward(
     stream, scale, places = saved
     dstream, dy = gradients
     dx, dscale = _backward(epsilon, stream, scale, dy, dstream)
-    return tuple(place.put(dx) for place in places), Place.of(scale).put(dscale)
+    dterms = tuple(place.put(dx) for place in places)
+    return dterms, Place.of(scale, stream).put(dscale)
 
 
 _of_stream.defvjp(_of_stream_forward, _of_stream_backward)

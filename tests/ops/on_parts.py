@@ -127,6 +127,9 @@ def of_recipe(results, backend, name, recipe, *, every_mode):
 
     mesh = make_mesh((2, 2, 2), AxisType.Explicit)
     run("explicit", mesh, step, put(mesh, operands))
+    run("explicit, no mesh in force", None, step, put(mesh, operands))
+    weights_alone = [np.asarray(operands[0]), *put(mesh, operands)[1:]]
+    run("explicit, no mesh in force, x nowhere", None, step, weights_alone)
 
     # In a caller's own shard_map every shard is a tensor: so each is given the same rows.
     mesh = make_mesh((8, 1, 1))
@@ -257,8 +260,10 @@ def explicit(results, backend):
             jax.device_put(a, NamedSharding(mesh, spec))
             for a, spec in zip(arrays, specs, strict=True)
         ]
-        with jfp4.backend(backend), jax.set_mesh(mesh):
-            results[case] = differences(jax.jit(fn)(*put), wanted)
+        with jfp4.backend(backend):
+            results[f"{case}, no mesh in force"] = differences(jax.jit(fn)(*put), wanted)
+            with jax.set_mesh(mesh):
+                results[case] = differences(jax.jit(fn)(*put), wanted)
 
     for name, fn in (("norm", norm), ("stream", stream)):
         operands = jnp.sign(x), jnp.ones(K)
@@ -270,7 +275,7 @@ def explicit(results, backend):
         return jfp4.linear(x, w, "fp4", bias=bias)
 
     specs = P("data"), P(None, "tensor"), P()
-    run("bias of columns", gradients(layer, 2), specs, x, w1, jnp.ones(N))
+    run("bias of columns", gradients(layer, (0, 2)), specs, x, w1, jnp.ones(N))
 
     def experts(x):
         return jax.vmap(functools.partial(thresholds, sample=1000))(x)

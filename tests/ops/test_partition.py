@@ -47,6 +47,8 @@ def found(request):
         "fp4, placed nowhere",
         "fp4, vmap",
         "fp4, explicit",
+        "fp4, explicit, no mesh in force",
+        "fp4, explicit, no mesh in force, x nowhere",
         "fp4, shard_map, checked False",
         "fp4, shard_map, checked True",
         *(f"{recipe}, automatic" for recipe in ("fp4", "exact", "fp8", "tensor")),
@@ -218,9 +220,10 @@ def test_products_of_no_kernel_are_summed_as_asked(found, name, products, case, 
         "thresholds of experts",
     ],
 )
-def test_explicit_axes_take_what_plain_jax_takes_there(found, case):
+@pytest.mark.parametrize("mesh", ["in force", "no mesh in force"])
+def test_explicit_axes_take_what_plain_jax_takes_there(found, case, mesh):
     """A gradient lies where its operand does, and what is mapped over an axis may be divided."""
-    assert set(found[case]) == {0}
+    assert set(found[case if mesh == "in force" else f"{case}, {mesh}"]) == {0}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
