@@ -100,9 +100,9 @@ def products(r: dict[str, Any]) -> str:
     text = f"""### Products of codes
 
 TFLOP/s, medians of device time, all sides by turns in one process, on E2M1 codes of Gaussian
-tensors; "BF16" multiplies the tensors themselves, "BF16, codes" the codes. Of a call the time in
-which a kernel runs counts. Only this library's sides and those with row-wise scales compute the
-whole result; "over FP8" is over the better of "XLA FP8" and "torch, row-wise".
+tensors; "BF16" multiplies the tensors themselves, "BF16, codes" the codes. Only this library's
+sides and those with row-wise scales compute the whole result; "over FP8" is over the better of
+"XLA FP8" and "torch, row-wise".
 {source(r)}
 
 {_rates(r["codes"], _ratio_columns(ratios))}
@@ -124,7 +124,10 @@ def few_rows(r: dict[str, Any]) -> str:
     rows = [
         [
             _shape(line),
-            *(_number(1e3 * line["ms"][n], 1) if n in line["ms"] else "" for n in names),
+            *(
+                _number(1e3 * line["times"][n]["ms"], 1) if n in line["times"] else ""
+                for n in names
+            ),
             *(_times(ratio["by shape"].get(_shape(line))) for ratio in over.values()),
         ]
         for line in r["packed"]
@@ -132,7 +135,7 @@ def few_rows(r: dict[str, Any]) -> str:
     means = " and ".join(f"{_mean(r['geomean'])} {n}" for n, r in over.items() if r["geomean"])
     return f"""### Packed products
 
-Microseconds a product, in which a kernel runs; weights are taken from memory, not from the cache.
+Microseconds a product; weights are taken from memory, not from the cache.
 "Over FP8" is over torch's with scales a row, which computes the same; "over one scale" over
 cuBLASLt's that has one for all. In the geometric mean of up to 64 rows
 {means}. {_spread(r["packed"])}

@@ -3,9 +3,9 @@
 A few tens of microseconds of kernel cannot be timed from Python, which needs as long to dispatch a
 call. The trace of JAX's profiler has the start and end of every kernel in the process, PyTorch's
 among them, to the nanosecond; a call takes from its first kernel's start to its last one's end, so
-that gaps between its kernels count and gaps between calls do not. Under the profiler such a gap may
-be ten microseconds that a graph of launches does not have, so the time in which a kernel runs is
-recorded beside it, and so is the wall clock of calls dispatched back to back.
+that gaps between its kernels count and gaps between calls do not. They are the device's own gaps:
+calls are dispatched while a kernel before them keeps the device busy, or it would wait for Python
+between a call's kernels too. The wall clock of calls dispatched back to back is recorded beside it.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.provenance import RESULTS, provenance
 
@@ -36,6 +37,9 @@ L2 = 64 << 20
 
 GAP = 2e-3
 """Seconds between windows of the trace; host and device clocks disagree by less than half."""
+
+HELD = 3 << 30
+"""Bytes that the kernel reads and writes that holds the device, for about 1.5 ms of an H200."""
 
 PACKAGES = ("torch", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cublas", "triton")
 WINDOW = re.compile(r"window (\d+)$")
@@ -49,10 +53,13 @@ class Side:
         call: launches the work of the call of that number, which chooses its operands; returns
             what ``wait`` takes.
         wait: returns when the work is done.
+        hold: launches one kernel that keeps the device busy while calls are dispatched; None:
+            they take so long that dispatching them does not count.
     """
 
     call: Callable[[int], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
+    hold: Callable[[], None] | None = None
 
     def run(self, calls: int) -> None:
         """Dispatches calls back to back and waits for the last."""
@@ -102,6 +109,8 @@ def measure(
         Without a usable trace, ``ms`` is ``wall_ms``; ``clock`` says which it was.
     """
     for side in sides.values():
+        if side.hold is not None:
+            side.hold()
         side.run(2)
     walls = wall_seconds(sides, rounds=3) if wall else {}
     names = list(sides)
@@ -188,6 +197,8 @@ def traced(sides: Sequence[Side], calls: int, device: str = "/device:GPU") -> li
             for i, side in enumerate(sides):
                 time.sleep(GAP)
                 with jax.profiler.TraceAnnotation(f"window {i}"):
+                    if side.hold is not None:
+                        side.hold()
                     side.run(calls)
             time.sleep(GAP)
         finally:
@@ -195,7 +206,12 @@ def traced(sides: Sequence[Side], calls: int, device: str = "/device:GPU") -> li
         files = sorted(Path(folder).rglob("*.xplane.pb"))
         if not files:
             raise NoTrace("the profiler wrote no trace")
-        return assign(jax.profiler.ProfileData.from_file(str(files[-1])), len(sides), device)
+        profile = jax.profiler.ProfileData.from_file(str(files[-1]))
+        windows = assign(profile, len(sides), device)
+    return [
+        window if side.hold is None else window[1:]
+        for side, window in zip(sides, windows, strict=True)
+    ]
 
 
 def assign(
@@ -274,7 +290,28 @@ def sets_of(nbytes: int, most: int = 16) -> int:
 
 def rotating(f: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Side:
     """A compiled function of JAX, given another set of arguments at each call."""
-    return Side(lambda i: f(*sets[i % len(sets)]))
+    return Side(lambda i: f(*sets[i % len(sets)]), hold=hold)
+
+
+class _Hold:
+    """A kernel of XLA's that reads and writes ``HELD`` bytes, in place."""
+
+    def __init__(self) -> None:
+        self._add = jax.jit(lambda x: x + 1, donate_argnums=0)
+        self._x = jnp.zeros(HELD, jnp.uint8)
+
+    def __call__(self) -> None:
+        self._x = self._add(self._x)
+
+
+@functools.cache
+def _hold() -> _Hold:
+    return _Hold()
+
+
+def hold() -> None:
+    """Keeps the device of JAX's default stream busy for a while."""
+    _hold()()
 
 
 def geomean(values: Iterable[float]) -> float:
