@@ -66,7 +66,7 @@ def test_a_finished_run_is_summed_up_and_not_trained_again(tmp_path, monkeypatch
         config = {
             "model": "llama1b", "recipe": name.rpartition("-")[2], "steps": 611, "batch_size": 8,
             "seq_len": 2048, "llama": {"dtype": "bfloat16"},
-            "optimizer": {"clip_norm": 1.0, "warmup": 0.05},
+            "optimizer": {"clip_norm": 1.0, "warmup": 0.05, "rounding": "nearest"},
         }  # fmt: skip
         about = {"config": config, "device": "NVIDIA X", "versions": {}, "planned_bytes": 1}
         run_dir.mkdir(parents=True)
