@@ -83,6 +83,8 @@ __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
   const int64_t kept = kKeptBytes / (args.in.cols * ElementBytes(kType));
   const bool keep = first_row + warp_row + kept >= args.in.batch * args.in.rows;
   float col_factor[kElements] = {}, largest[kElements] = {};
+  WaitForLast();
+  LetNextBegin();
   if (inside) LoadFactors(args.col_factor + first_col + col, col_factor);
 
   if (warp == 0) ZeroOnce(args, at.batch, matrix_blocks);
@@ -167,6 +169,8 @@ __global__ void __launch_bounds__(kTileThreads)
   uint32_t* const col_amax = BitsOf(args.col_amax) + at.batch * args.in.cols;
   const int64_t col = at.first_col + lane;
   float largest = 0;
+  WaitForLast();
+  LetNextBegin();
   if (threadIdx.x < kWarp) ZeroOnce(args, at.batch, matrix_blocks);
   __syncthreads();
   for (int i = threadIdx.x / kWarp; i < at.rows; i += kTileThreads / kWarp) {
@@ -212,6 +216,8 @@ __global__ void __launch_bounds__(kTileThreads, 4)
       held[i] = inside && r < at.rows ? __ldcs(x + r * vectors) : uint4{};
     }
   };
+  WaitForLast();
+  LetNextBegin();
   load(lane_row);
   if (threadIdx.x < at.rows) {
     const int64_t row = at.first_row + threadIdx.x, slice = at.batch * args.in.rows + row;
