@@ -228,11 +228,11 @@ def timed(case: Case, step: CompiledStep, log: Log) -> dict[str, Any]:
 def trace(side: Side, log: Log) -> dict[str, Any] | None:
     """Milliseconds a step of the first GPU's kernels, or None where the profiler saw none."""
     try:
-        (window,) = traced([side], TRACED, "/device:GPU:0")
+        (events,) = traced([side], TRACED, "/device:GPU:0")
     except NoTrace as error:
         log.say(f"no trace: {error}")
         return None
-    return shares(window.events, TRACED)
+    return shares(events, TRACED)
 
 
 def shares(events: Sequence[Event], steps: int) -> dict[str, Any]:

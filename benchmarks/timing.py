@@ -2,11 +2,10 @@
 
 A few tens of microseconds of kernel cannot be timed from Python, which needs as long to dispatch a
 call. The trace of JAX's profiler has the start and end of every kernel in the process, PyTorch's
-among them, to the nanosecond. Calls are dispatched while a kernel before them keeps the device
-busy, so that it does not wait for Python; a call then takes from the end of the one before it to
-its own, launches and the gaps between its kernels included: what it adds to a stream. Of a side
-that takes too long for that to matter, it takes from its first kernel's start. The wall clock of
-calls dispatched back to back is recorded beside it.
+among them, to the nanosecond; a call takes from its first kernel's start to its last one's end, so
+that gaps between its kernels count and gaps between calls do not. They are the device's own gaps:
+calls are dispatched while a kernel before them keeps the device busy, or it would wait for Python
+between a call's kernels too. The wall clock of calls dispatched back to back is recorded beside it.
 """
 
 import argparse
@@ -79,19 +78,6 @@ class Event:
     name: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """What a device did of some calls, in the order of starts, and from when on they could."""
-
-    begin: float
-    events: list[Event]
-
-    @property
-    def end(self) -> float:
-        """When the last of it was done."""
-        return max(event.end for event in self.events)
-
-
 # --------------------------------------------------------------------------------- measuring
 
 
@@ -116,8 +102,8 @@ def measure(
         label: names the part of a side's work that an event belongs to.
 
     Returns:
-        By side: ``ms``, the median over all calls of the time that a call adds to the stream;
-        ``spread``, the distance of the quartiles as a share of it; ``busy_ms``,
+        By side: ``ms``, the median over all calls of the time from a call's first kernel to the
+        end of its last; ``spread``, the distance of the quartiles as a share of it; ``busy_ms``,
         the median time in which a kernel runs; ``wall_ms``; ``kernels``, milliseconds a call by
         kernel name; and ``parts``, the same by label.
         Without a usable trace, ``ms`` is ``wall_ms``; ``clock`` says which it was.
@@ -142,7 +128,7 @@ def measure(
         own = [window for who, window in zip(order, windows, strict=True) if who == name]
         results[name] = summary(*split(own, calls))
         if label is not None:
-            events = [event for window in own for event in window.events]
+            events = [event for window in own for event in window]
             parts = [(label(name, event), event) for event in events]
             results[name]["parts"] = _milliseconds(parts, rounds * calls)
         if name in walls:
@@ -160,12 +146,11 @@ def turns(count: int, rounds: int) -> list[list[int]]:
     return [[(i + shift) % count for i in zigzag] for shift in range(rounds)]
 
 
-def summary(groups: Sequence[Window], calls: int) -> dict[str, Any]:
+def summary(groups: Sequence[list[Event]], calls: int) -> dict[str, Any]:
     """Numbers of one side, from groups of events that stand for ``calls`` calls each."""
-    spans = [1e-6 * (group.end - group.begin) / calls for group in groups]
-    busy = [1e-6 * covered(group.events) / calls for group in groups]
-    events = [(e.name, e) for group in groups for e in group.events]
-    kernels = _milliseconds(events, len(groups) * calls)
+    spans = [1e-6 * (max(e.end for e in group) - group[0].start) / calls for group in groups]
+    busy = [1e-6 * covered(group) / calls for group in groups]
+    kernels = _milliseconds(((e.name, e) for group in groups for e in group), len(groups) * calls)
     ms = statistics.median(spans)
     low, _, high = statistics.quantiles(spans, n=4)
     return {
@@ -198,7 +183,7 @@ class NoTrace(Exception):
     """The profiler saw no kernels, or not those of every window."""
 
 
-def traced(sides: Sequence[Side], calls: int, device: str = "/device:GPU") -> list[Window]:
+def traced(sides: Sequence[Side], calls: int, device: str = "/device:GPU") -> list[list[Event]]:
     """Runs the sides one after the other under the profiler; the events of each, in order.
 
     Of all devices whose names in the trace begin with ``device``.
@@ -224,8 +209,8 @@ def traced(sides: Sequence[Side], calls: int, device: str = "/device:GPU") -> li
         profile = jax.profiler.ProfileData.from_file(str(files[-1]))
         windows = assign(profile, len(sides), device)
     return [
-        Window(events[0].start, events) if side.hold is None else Window(events[0].end, events[1:])
-        for side, events in zip(sides, windows, strict=True)
+        window if side.hold is None else window[1:]
+        for side, window in zip(sides, windows, strict=True)
     ]
 
 
@@ -259,26 +244,20 @@ def assign(
     return found
 
 
-def split(windows: Sequence[Window], calls: int) -> tuple[list[Window], int]:
+def split(windows: Sequence[list[Event]], calls: int) -> tuple[list[list[Event]], int]:
     """Cuts each window into its calls, if every call launched the same kernels.
 
-    Where a window begins with its first event nothing has held the device, and so calls do.
-
     Returns:
-        Windows, and the calls that each stands for: 1, or those of a window that was given.
+        Lists of events, and the calls that each stands for: 1, or those of a window.
     """
     per_call = []
-    for window in windows:
-        size = len(window.events) // calls
-        chunks = [window.events[i * size : (i + 1) * size] for i in range(calls)]
+    for events in windows:
+        size = len(events) // calls
+        chunks = [events[i * size : (i + 1) * size] for i in range(calls)]
         names = [sorted(e.name for e in chunk) for chunk in chunks]
-        if size * calls != len(window.events) or any(n != names[0] for n in names):
+        if size * calls != len(events) or any(n != names[0] for n in names):
             return list(windows), calls
-        begin = window.begin
-        for chunk in chunks:
-            alone = window.begin == window.events[0].start
-            per_call.append(Window(chunk[0].start if alone else begin, chunk))
-            begin = per_call[-1].end
+        per_call += chunks
     return per_call, 1
 
 

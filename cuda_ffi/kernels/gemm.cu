@@ -224,8 +224,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     PrefetchTensorMap(&b_map);
   }
   ClusterSync();
-  WaitForLast();
-  LetNextBegin();
 
   // The index of this cluster's tile number `turn`, once it is known; past the last one's it ends.
   const int lane = threadIdx.x % kWarp;
@@ -372,9 +370,6 @@ cudaError_t Launch(const Gemm& g, int full_cols, int clusters, cudaStream_t stre
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  cudaLaunchAttribute early = BeginEarly();
-  config.attrs = &early;
-  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, a_map, b_map, narrow_map, y_map, p);
 }
 

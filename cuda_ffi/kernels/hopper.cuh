@@ -27,26 +27,6 @@ __device__ __forceinline__ void ClusterSync() {
                    : "memory");
 }
 
-// --- kernels that begin before the one before them in the stream has ended ---
-
-// What such a kernel is launched with. All of its blocks call WaitForLast before they touch what
-// another kernel writes or reads, so that what comes after it comes after both.
-inline cudaLaunchAttribute BeginEarly() {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return attribute;
-}
-
-// Returns when the kernel before this one has ended, and what it wrote can be seen.
-__device__ __forceinline__ void WaitForLast() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// When all blocks of a kernel have called this, or have ended, one behind it that may begin early
-// does, where there is room.
-__device__ __forceinline__ void LetNextBegin() {
-  asm volatile("griddepcontrol.launch_dependents;");
-}
-
 // The address of the same variable in the shared memory of another block of the cluster.
 __device__ __forceinline__ uint32_t MapToRank(uint32_t shared_address, uint32_t rank) {
   uint32_t mapped;

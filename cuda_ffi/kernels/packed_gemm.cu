@@ -16,7 +16,6 @@
 // exact, so that neither their number nor their order shows in y.
 #include <algorithm>
 #include <atomic>
-#include <iterator>
 #include <limits>
 #include <type_traits>
 
@@ -77,7 +76,6 @@ __device__ __forceinline__ void StartCopies(const Params& p, const CUtensorMap& 
   }
   FenceBarrierInit();
   FenceAsyncProxy();
-  WaitForLast();
 #pragma unroll 1
   for (int step = 0; step < min(p.stages, work.steps); ++step) {
     CopyStep(p, a_map, b_map, work, step, step, shared);
@@ -230,13 +228,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == kConsumerThreads) StartCopies(p, a_map, b_map, work, shared);
     if (threadIdx.x == kConsumerThreads + kWarp) InitOtherBarriers(p, shared);
     __syncwarp();
-    WaitForLast();
-    LetNextBegin();
     SetUp();
     UnpackTokens(p, a_map, b_map, work, warp - kConsumerWarps, shared);
     ClusterSync();
   } else {
-    WaitForLast();
     const Factors<kTokens> factors(p, work);
     SetUp();
     const int warpgroup = warp / (kWarpgroup / kWarp);
@@ -433,7 +428,7 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
                  g.y,
                  g.out_type,
                  g.n % 2 == 0 && reinterpret_cast<uintptr_t>(g.y) % (2 * width) == 0};
-  cudaLaunchAttribute attributes[] = {ClusterOf(plan.split), BeginEarly()};
+  cudaLaunchAttribute cluster = ClusterOf(plan.split);
   cudaLaunchConfig_t config{};
   const int64_t blocks = g.batch * m_tiles * n_tiles * plan.split;
   if (blocks > kMaxSize) return cudaErrorInvalidConfiguration;
@@ -441,8 +436,8 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
   config.blockDim = kThreads;
   config.dynamicSmemBytes = sizeof(Shared<kTokens>);
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = std::size(attributes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, PackedGemmKernel<kTokens>, a_map, b_map, p);
 }
 

@@ -249,20 +249,44 @@ __device__ __forceinline__ void StoreTransposed(const uint32_t* tile, int rows, 
 
 // --- launching ---
 
-// Launches a kernel that begins early: see hopper.cuh.
 template <typename... Params, typename... Args>
-cudaError_t Launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
-                   const Args&... args) {
+cudaError_t LaunchWith(cudaLaunchAttribute* attribute, void (*kernel)(Params...), int64_t blocks,
+                       int threads, cudaStream_t stream, const Args&... args) {
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute early = BeginEarly();
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
+  config.attrs = attribute;
+  config.numAttrs = attribute != nullptr;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
+
+template <typename... Params, typename... Args>
+cudaError_t Launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
+                   const Args&... args) {
+  return LaunchWith(nullptr, kernel, blocks, threads, stream, args...);
+}
+
+// Launches a kernel that may begin before the one before it has ended: all of its blocks call
+// WaitForLast, so that what comes after it comes after both.
+template <typename... Params, typename... Args>
+cudaError_t LaunchEarly(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
+                        const Args&... args) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  return LaunchWith(&early, kernel, blocks, threads, stream, args...);
+}
+
+// When all blocks of a kernel have called this, or have ended, one that LaunchEarly has put behind
+// it may begin.
+__device__ __forceinline__ void LetNextBegin() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+
+// Returns when the kernel before this one has ended, and what it wrote can be seen.
+__device__ __forceinline__ void WaitForLast() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 template <Format kFormat>
 using FormatConstant = std::integral_constant<Format, kFormat>;

@@ -52,8 +52,6 @@ __device__ __forceinline__ uint8_t AnyCodeByte(const Any& args, float x, float s
 __global__ void __launch_bounds__(kAnyThreads) AnyRowScaleKernel(const __grid_constant__ Any args) {
   __shared__ uint32_t warp_amax[kAnyThreads / kWarp];
   const int64_t batch = blockIdx.x / args.in.rows, row = blockIdx.x % args.in.rows;
-  WaitForLast();
-  LetNextBegin();
   const Limits limits = LoadLimits(args.outliers, batch);
   const int64_t cols = args.known_amax == nullptr ? args.in.cols : 0;  // to look at
   uint32_t amax = 0;
@@ -80,8 +78,6 @@ __global__ void __launch_bounds__(kAnyThreads)
   const int64_t col = int64_t{blockIdx.x % col_blocks} * kAnyThreads + threadIdx.x;
   const int64_t first_row = int64_t{blockIdx.x / col_blocks % chunks} * kAnyRows;
   const int64_t batch = blockIdx.x / (col_blocks * chunks);
-  WaitForLast();
-  LetNextBegin();
   if (col >= args.in.cols) return;
   const Limits limits = LoadLimits(args.outliers, batch);
   uint32_t amax = 0;
@@ -102,8 +98,6 @@ __global__ void __launch_bounds__(kAnyThreads) AnyTileKernel(const __grid_consta
   const int64_t first_col = int64_t{blockIdx.x % col_tiles} * kAnyTile;
   const int64_t first_row = int64_t{blockIdx.x / col_tiles % row_tiles} * kAnyTile;
   const int64_t batch = blockIdx.x / (col_tiles * row_tiles);
-  WaitForLast();
-  LetNextBegin();
   const int lane = threadIdx.x % kAnyTile, step = threadIdx.x / kAnyTile;
   const Limits limits = LoadLimits(args.outliers, batch);
 

@@ -5,8 +5,6 @@
 // place. So no warp waits for another but for the scales, and the next strip has come, or is
 // coming, meanwhile. Of a strip that is too long to be held, the first pieces make room for the
 // last and are loaded again.
-#include <iterator>
-
 #include "cuda_ffi/kernels/quantize.cuh"
 #include "cuda_ffi/kernels/quantize_any.h"
 #include "cuda_ffi/kernels/tile_counter.cuh"
@@ -150,8 +148,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     }
     FenceBarrierInit();
   }
-  WaitForLast();
-  LetNextBegin();
   const int needed = min(ring, count);
 #pragma unroll 1
   for (int i = 0; i < needed; ++i) load(i);
@@ -322,17 +318,17 @@ cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
                                SharedBytes(kMaxPieces));
   if (error != cudaSuccess) return error;
 
-  cudaLaunchAttribute attributes[2] = {{}, BeginEarly()};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = kCluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(StripsOf(in) * kCluster));
   config.blockDim = dim3(warps * kWarp);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = std::size(attributes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   // No more clusters than are on the device at once, which is not what its multiprocessors add up
   // to, for a cluster has all of its blocks within one of their groups: a cluster too many would
   // take all its strips when the others are done with theirs.

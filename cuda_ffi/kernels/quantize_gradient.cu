@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(kTileThreads, kAmaxBlocks)
   const int64_t kept = kKeptBytes / (args.in.cols * ElementBytes(kType));
   const bool keep = first_row + warp_row + kept >= args.in.batch * args.in.rows;
   float col_factor[kElements] = {}, largest[kElements] = {};
-  WaitForLast();
-  LetNextBegin();
+  LetNextBegin();  // whose blocks are there then when the last of these end
   if (inside) LoadFactors(args.col_factor + first_col + col, col_factor);
 
   if (warp == 0) ZeroOnce(args, at.batch, matrix_blocks);
@@ -169,8 +168,6 @@ __global__ void __launch_bounds__(kTileThreads)
   uint32_t* const col_amax = BitsOf(args.col_amax) + at.batch * args.in.cols;
   const int64_t col = at.first_col + lane;
   float largest = 0;
-  WaitForLast();
-  LetNextBegin();
   if (threadIdx.x < kWarp) ZeroOnce(args, at.batch, matrix_blocks);
   __syncthreads();
   for (int i = threadIdx.x / kWarp; i < at.rows; i += kTileThreads / kWarp) {
@@ -216,8 +213,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
       held[i] = inside && r < at.rows ? __ldcs(x + r * vectors) : uint4{};
     }
   };
-  WaitForLast();
-  LetNextBegin();
+  WaitForLast();  // which found the magnitudes, if nothing else was between
   load(lane_row);
   if (threadIdx.x < at.rows) {
     const int64_t row = at.first_row + threadIdx.x, slice = at.batch * args.in.rows + row;
@@ -273,8 +269,8 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 cudaError_t LaunchGradientTiles(const QuantizeGradient& args, cudaStream_t stream) {
   return WithType(args.in.type, [&](auto type) {
     return WithFormat(args.format, [&](auto format) {
-      return Launch(GradientTileKernel<type(), format()>, TileBlocks(args.in), kTileThreads, stream,
-                    args);
+      return LaunchEarly(GradientTileKernel<type(), format()>, TileBlocks(args.in), kTileThreads,
+                         stream, args);
     });
   });
 }

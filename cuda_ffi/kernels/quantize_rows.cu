@@ -23,7 +23,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int vectors = static_cast<int>(args.in.cols / kElements);
   const uint4* x = static_cast<const uint4*>(args.in.x) + row * vectors;
 
-  WaitForLast();
   uint4 held[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -118,8 +117,8 @@ cudaError_t LaunchRows(const QuantizeRows& args, cudaStream_t stream) {
 
 cudaError_t LaunchTranspose(const QuantizeInput& in, const uint8_t* codes, uint8_t* codes_t,
                             cudaStream_t stream) {
-  return Launch(TransposeKernel, TileBlocks(in), kTileThreads, stream, codes, in.rows, in.cols,
-                codes_t);
+  return LaunchEarly(TransposeKernel, TileBlocks(in), kTileThreads, stream, codes, in.rows, in.cols,
+                     codes_t);
 }
 
 }  // namespace

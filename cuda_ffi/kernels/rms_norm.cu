@@ -114,8 +114,6 @@ __global__ void __launch_bounds__(kMaxThreads) RmsNormKernel(const __grid_consta
   const int pieces = static_cast<int>(args.cols / kWidth);
   const auto at = [&](int i) { return static_cast<int>(threadIdx.x + i * blockDim.x); };
 
-  WaitForLast();
-  LetNextBegin();
   typename Row::Raw x_raw[kCount] = {}, added_raw[kCount] = {};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -170,8 +168,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   const auto at = [&](int i) { return static_cast<int>(threadIdx.x + i * blockDim.x); };
   const float* const scale = args.scale + batch * args.cols;
 
-  WaitForLast();
-  LetNextBegin();
   float dscale[kCount][kWidth] = {};
   for (int64_t row = first; row < last; ++row) {
     const int64_t start = (batch * args.rows + row) * pieces;

@@ -99,8 +99,6 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kThreads)
   const int warp = threadIdx.x / kWarp;
   const int64_t base = batch * args.size;
 
-  WaitForLast();
-  LetNextBegin();
   uint32_t bits[kKeysHeld];
   int held = 0;
   const auto load = [&](int64_t first) {
@@ -180,9 +178,6 @@ cudaError_t LaunchThresholds(const Thresholds& args, cudaStream_t stream) {
   config.gridDim = dim3(static_cast<unsigned>(args.batch * kBlocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  cudaLaunchAttribute early = BeginEarly();
-  config.attrs = &early;
-  config.numAttrs = 1;
   switch (args.type) {
     case DType::kBF16:
       return cudaLaunchKernelEx(&config, ThresholdsKernel<DType::kBF16>, args);
