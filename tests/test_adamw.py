@@ -107,6 +107,19 @@ def test_a_step_s_seed_may_be_any_integer():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("name", ["xla", "host"])
+def test_seed_and_step_choose_the_bits_that_weights_are_rounded_by(name):
+    optimizer, weights = AdamW(0.1), jnp.ones((4, 256), jnp.bfloat16)
+    state, grads = optimizer.init(weights), jnp.full((4, 256), 0.3, jnp.bfloat16)
+    with jfp4.backend(name):
+        one, *others = (
+            np.asarray(optimizer.step(weights, state, grads, seed=seed, step=step)[0], np.float32)
+            for seed, step in ((1, 0), (2, 0), (1, 1))
+        )
+    # Each is one of two neighbours; other bits choose another for a good part of them.
+    assert all(np.mean(one != other) > 0.1 for other in others)
+
+
 @pytest.mark.parametrize("format", ["float32", "float16"])
 def test_a_skipped_step_changes_no_bit(format):
     optimizer = optimizer_of("e4m3", "float16", 3)

@@ -578,7 +578,7 @@ def test_a_refused_layer_changes_nothing():
     )
     before = snapshot(model)
     with pytest.raises(
-        ValueError, match=r"^precision=highest, preferred_element_type=\S+ \S+; expected the"
+        ValueError, match=r"^c: precision=highest, preferred_element_type=\S+ \S+; expected the"
     ):
         convert(model)
     assert snapshot(model) == before and model.b.recipe == RECIPES["fp8"]

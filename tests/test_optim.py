@@ -197,6 +197,17 @@ def test_stochastic_rounding_is_a_function_of_seed_step_leaf_and_part():
     assert np.any(a != np.asarray(adam(seed=1).update(grads, fresh)[1].mu["a"].codes))
 
 
+def test_both_moments_of_an_element_are_rounded_independently():
+    # One value in a row of them, so that each moment takes one of two neighbours everywhere.
+    grads = jnp.full((2**12, 128), 0.3)
+    _, state = follow(adam(seed=1), [grads])
+    up = [np.ravel(m.codes) == np.max(np.asarray(m.codes)) for m in (state.mu, state.nu)]
+    # Of two shares between 1/16 and 15/16; the correlation of independent ones has a standard
+    # deviation of 2**-9.5.
+    assert all(2.0**-4 < np.mean(u) < 1 - 2.0**-4 for u in up)
+    assert abs(np.corrcoef(*up)[0, 1]) < 5 * 2.0**-9.5
+
+
 @pytest.mark.parametrize(("first", "second"), [*NARROW, ("float32", "float32")])
 @pytest.mark.parametrize("jit", [lambda f: f, nnx.jit], ids=["eager", "jit"])
 def test_nnx_optimizers_take_the_steps_of_the_chain(first, second, jit):

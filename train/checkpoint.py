@@ -26,6 +26,10 @@ from train.step import TrainState
 CHUNK = 64 * 2**20
 """Bytes in which an array is compressed, each chunk by a core of its own."""
 
+SAVING = 12 * 3600
+"""Seconds that a save may take. Orbax's own 20 minutes can be too few for a slow file system, and
+that a process has died, which they are to notice, its heartbeats tell within seconds."""
+
 
 class Checkpoints:
     """The checkpoints under a run directory, each a whole ``TrainState``.
@@ -59,6 +63,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep,
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(timeout_secs=SAVING),
                 cleanup_tmp_directories=True,  # of a save that was cut off
             ),
         )
@@ -108,21 +113,7 @@ class Checkpoints:
         under_way = max(self.host_bytes, 2 * largest) / 10**9
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=under_way)
         with contextlib.closing(ocp.Checkpointer(handler)) as reader:
-            metadata = reader.metadata(path).item_metadata
-            if metadata is None:  # orbax's word for what it cannot read
-                raise UserError(
-                    f"checkpoint {step} cannot be read, or is damaged; if it is, move "
-                    f"{path.parent} elsewhere to go on from the one before, if there is one"
-                )
-            kept = metadata.tree
-            shapes = {name: tuple(leaf.shape) for name, leaf in kept.items()}
-            for name, leaf in wanted.items():
-                if shapes.get(name) != tuple(leaf.shape):
-                    raise UserError(
-                        f"checkpoint {step} is of another model: {name} has shape "
-                        f"{shapes.get(name, 'none')}, this model's {tuple(leaf.shape)}; give the "
-                        "flags of the run it is of, or another run_dir"
-                    )
+            check_holds(reader, path, wanted)
             arrays = reader.restore(path, args=ocp.args.StandardRestore(wanted))
         leaves = [arrays[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
@@ -144,6 +135,34 @@ class Checkpoints:
         """
         with _os_errors():
             self._manager.close()
+
+
+def check_holds(reader: ocp.Checkpointer, path: Path, wanted: dict[str, Any]) -> None:
+    """Refuses a checkpoint that does not hold what is to be read, by its metadata alone.
+
+    Args:
+        reader: of checkpoints as the one at ``path``.
+        path: of its arrays, in a directory that is named after its step.
+        wanted: abstract arrays by name.
+
+    Raises:
+        UserError: it is of another model; what differs is named. Or it cannot be read.
+    """
+    step = path.parent.name
+    metadata = reader.metadata(path).item_metadata
+    if metadata is None:  # orbax's word for what it cannot read
+        raise UserError(
+            f"checkpoint {step} cannot be read, or is damaged; if it is, move {path.parent} "
+            "elsewhere to go on from the one before, if there is one"
+        )
+    shapes = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
+    for name, leaf in wanted.items():
+        if shapes.get(name) != tuple(leaf.shape):
+            raise UserError(
+                f"checkpoint {step} is of another model: {name} has shape "
+                f"{shapes.get(name, 'none')}, this model's {tuple(leaf.shape)}; give the flags of "
+                "the run it is of, or another run_dir"
+            )
 
 
 class _InParts(ocp.type_handlers.ArrayHandler):

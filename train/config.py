@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import math
+import operator
 import shutil
 import sys
 import tomllib
@@ -19,8 +20,8 @@ from jfp4.models.config import MODELS, LlamaConfig
 from jfp4.ops.exchange import GradComm
 from jfp4.ops.ffi import Backend
 from jfp4.recipe import RECIPES, Recipe
-from jfp4.sharding import parse_mesh
-from train.errors import UserError
+from jfp4.sharding import RULES, parse_mesh
+from train.errors import UserError, mendable
 
 PROGRAM = "python -m train.main"
 
@@ -300,8 +301,8 @@ def parse(args: Sequence[str]) -> TrainConfig:
     given again.
 
     Raises:
-        UserError: an unknown flag, preset or value, with near names; a flag of the recipe that can
-            change nothing.
+        UserError: an unknown flag, preset or value, with near names; a flag that can change
+            nothing.
         SystemExit: after ``--help``.
     """
     file = value_of("config", list(args), None)
@@ -321,20 +322,39 @@ def parse(args: Sequence[str]) -> TrainConfig:
     config = parse_flags(TrainConfig, args, PROGRAM, default)
     if config.resume and config.run_dir is None:
         raise UserError("--resume needs to know which run: give --run_dir")
-    for name, why in config.quantization.inert.items():
-        value = getattr(config.quantization, name)
-        if value != getattr(default.quantization, name):
-            raise UserError(f"--recipe.{name}={value} changes nothing, since {why}")
+    for name, why in _inert(config).items():
+        value_in = operator.attrgetter(name)
+        if value_in(config) != value_in(default):
+            group, dot, last = name.rpartition(".")
+            flag = f"{_FLAG_NAMES.get(group, group)}{dot}{last}"
+            raise UserError(f"--{flag}={value_in(config)} changes nothing, since {why}")
     return config
+
+
+def _inert(config: TrainConfig) -> dict[str, str]:
+    """The fields, by dotted names, that change nothing, and what makes it so."""
+    inert = {f"quantization.{name}": why for name, why in config.quantization.inert.items()}
+    optimizer = config.optimizer
+    if optimizer.first_moment == optimizer.second_moment == "float32":
+        inert["optimizer.rounding"] = "both moments are float32"
+    sizes = {} if config.mesh is None else parse_mesh(config.mesh)
+    divided = any(sizes.get(axis, 1) != 1 for axis in RULES["batch"])  # -1 may be more than one
+    if not divided and config.gradients_sent_in != sent_in(None, optimizer.master):
+        inert["grad_comm"] = f"mesh={config.mesh} sums no gradients over devices"
+    return inert
 
 
 def _kept_config(args: list[str]) -> TrainConfig:
     """The configuration of the run to resume, where the command line names one."""
     run_dir = value_of("run_dir", args, None)
-    if "--resume" not in args or run_dir is None or not (Path(run_dir) / "config.json").is_file():
+    if "--resume" not in args or run_dir is None:
         return TrainConfig()
+    path = Path(run_dir) / "config.json"
     try:
-        kept = from_dict(json.loads((Path(run_dir) / "config.json").read_text())["config"])
+        with mendable(f"--run_dir={run_dir} cannot be read"):
+            if not path.is_file():
+                return TrainConfig()
+            kept = from_dict(json.loads(path.read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir}/config.json is damaged ({error}); choose another") from None
     kept = dataclasses.replace(kept, resume=False, plan=False, profile=0, config=None)

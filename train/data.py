@@ -68,7 +68,13 @@ def load(
             prepared data's, or there is less text than one training batch and one validation
             batch.
     """
-    if (Path(data) / "meta.json").is_file():
+    try:
+        prepared = (Path(data) / "meta.json").is_file()
+    except OSError as error:
+        raise UserError(
+            f"data {data} cannot be read ({error.strerror}); allow it, or give other data"
+        ) from error
+    if prepared:
         corpus = _load_prepared(Path(data), tokenizer, share)
     else:
         corpus = _load_text(data, tokenizer_lib.load(tokenizer or "bytes"))

@@ -8,7 +8,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
+import stat
 import sysconfig
 import tokenize
 import zlib
@@ -53,14 +55,14 @@ class Documents:
         Args:
             data: "pystdlib" for the running Python's own standard library, without its tests and
                 files under 200 characters; or a file; or a directory, read in the order of its
-                file names, without hidden files and linked directories. Files are .jsonl (a
-                string "text" on each line), .parquet (a string column "text"), .py (in the
-                encoding it declares), and anything else but .json as UTF-8 text, a document a
-                file; all may end in .gz too.
+                file names, without what is hidden. Files are .jsonl (a string "text" on each
+                line), .parquet (a string column "text"), .py (in the encoding it declares), and
+                anything else but .json as UTF-8 text, a document a file; all may end in .gz too.
 
         Raises:
-            UserError: A file cannot be read as what its name says, or names tell the split of some
-                files only, or a split would be empty.
+            UserError: A file cannot be read as what its name says, or a directory not at all or
+                through a link only, or names tell the split of some files only, or a split would
+                be empty.
         """
         self._min_chars = 1
         self._named: dict[Path, Split] = {}
@@ -131,18 +133,25 @@ class Documents:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        # What is neither file nor directory, such as a broken link, stays in and fails by name.
-        relative = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
-        kept = [file for file in relative if not any(part.startswith(".") for part in file.parts)]
-        files = [path / file for file in sorted(kept, key=Path.as_posix)]
-    else:
+    try:
+        files = sorted(_within(path), key=Path.as_posix) if path.is_dir() else [path]
+        modes = [file.stat().st_mode for file in files]
+    except FileNotFoundError as error:
+        if error.filename != str(path):  # a broken link
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}); mend or remove it"
+            ) from error
         raise UserError(
             f'data {path} does not exist; give "pystdlib", a file of text, or a directory of them'
-        )
-    for file in files:
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"data {path} cannot be read ({error.filename}: {error.strerror}); allow it, or give "
+            "other data"
+        ) from error
+    for file, mode in zip(files, modes, strict=True):
+        if not stat.S_ISREG(mode):  # a pipe would be waited for, and is read but once
+            raise UserError(f"{file} is no regular file; give files or move it elsewhere")
         if file.name.lower().removesuffix(".gz").endswith(".json"):
             raise UserError(
                 f"{file} is not read, since .json tells neither text nor documents: if it is JSON "
@@ -150,6 +159,27 @@ def _files(path: Path) -> list[Path]:
                 "move it elsewhere"
             )
     return files
+
+
+def _within(directory: Path) -> Iterator[Path]:
+    """Yields what is under a directory and neither hidden nor a directory itself.
+
+    Raises:
+        OSError: a directory cannot be read; nothing is left out without a word.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(directory, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for folder in folders:
+            if Path(place, folder).is_symlink():
+                raise UserError(
+                    f"{Path(place, folder)} is a link to a directory, which is not followed; put "
+                    "the directory in its place, or move it elsewhere"
+                )
+        yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 def _stdlib_files() -> list[Path]:

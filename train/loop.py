@@ -3,8 +3,7 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from train.compare import read_metrics
 from train.config import TrainConfig
 from train.data import Corpus
 from train.errors import UserError
+from train.interrupts import interrupts
 from train.metrics import Mute, ProgressLine, RunLog, set_aside
 from train.plan import peak_bytes
 from train.profile import WARM_UP, Profile
 from train.step import Trainer, TrainState
-
-SAME_REQUEST = 5.0
-"""Seconds in which a second SIGTERM is taken for the first one, arrived twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +58,8 @@ def train(
     """
     sharers = processes.on_this_host()
     with closing(Checkpoints(run_dir, config.checkpoint, sharers)) as checkpoints:
-        start = checkpoints.latest() or 0
+        # A host may see a shared directory as it was a while ago.
+        start = int(processes.of_first(lambda: str(checkpoints.latest() or 0)))
         state = (
             checkpoints.restore(start, trainer.abstract_state()) if start else trainer.placed_init()
         )
@@ -123,7 +121,7 @@ class _Run:
             rows=self.placement.rows(c.batch_size),
         )
         clock = time.perf_counter()
-        with _interrupts() as interrupted:
+        with interrupts(alone=jax.process_count() == 1) as interrupted:
             while step < c.steps and not interrupted:
                 batch = self.placement.put(next(data), c.batch_size)
                 with self.profile.named(step + 1):
@@ -141,9 +139,9 @@ class _Run:
                     pending = []
                 if measure:
                     self.log.health(step, jax.device_get(self._health(state, batch)))
-                if evaluate or save or measure:
-                    self.log.flush()  # before the save: a checkpoint without its lines loses them
+                    self.log.flush()
                 if save:
+                    self.log.sync()  # before the save: a checkpoint without its lines loses them
                     self.checkpoints.save(step, state)
                 if evaluate or save or measure:
                     clock = time.perf_counter()  # a step's time is the step's alone
@@ -152,9 +150,9 @@ class _Run:
                 self.line.say(f"warning: nothing traced: that begins after {WARM_UP} steps")
             stopped = bool(interrupted) and step < c.steps
             self._report(pending, clock, None)
-            self.log.flush()
             if stopped:
                 self.line.say(f"interrupted: saving step {step}")
+                self.log.sync()
                 self.checkpoints.save(step, state)
             self.checkpoints.wait()
         if step:
@@ -258,33 +256,3 @@ class _Run:
         plot.save_loss_plot(
             self.run_dir / "loss.png", {self.run_dir.name: read_metrics(self.run_dir)}
         )
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM arrives; a second one ends the process.
-
-    But for a SIGTERM within ``SAME_REQUEST`` of the first, which is taken for it.
-
-    Of several processes SIGTERM asks all to stop, after the same step: ``processes.preempted``.
-    SIGINT, which a terminal sends to all of them but never between the same steps, stops at once.
-    """
-    received: list[int] = []
-    first = 0.0
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal first
-        if not received:
-            first = time.monotonic()
-        # A scheduler that signals all of a job's processes reaches a run by its launcher as well.
-        elif number == signal.SIGINT or time.monotonic() - first > SAME_REQUEST:
-            signal.default_int_handler(number, frame)
-        received.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
-    previous = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

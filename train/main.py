@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import os
 import signal
 import sys
@@ -12,17 +11,11 @@ from pathlib import Path
 
 from jfp4.ops import ffi
 from train.config import TrainConfig, default_run_dir, parse, program, report_error
-from train.errors import UnsharedError, UserError
+from train.errors import UserError, mendable
+from train.interrupts import end_with_launcher
 
 COMPILATION_CACHE = Path("~/.cache/jfp4/xla").expanduser()
 """Where what accelerators run is kept compiled; JAX_COMPILATION_CACHE_DIR chooses another place."""
-
-
-REMEDIES = {
-    errno.ENOENT: "keep it, where every process sees it,",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow it"),
-}
-"""What to do about a run directory that cannot be written; else there is no room in it."""
 
 STOPPED = 128 + signal.SIGTERM
 """Exit status, of every process, where a signal ended the run before its last step, and it was
@@ -38,6 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
     That is 0 of a run that is done, ``STOPPED`` of one that was interrupted and saved, 130 of one
     that was stopped at once, and 2 after a mistake of the user's.
     """
+    end_with_launcher()
     try:
         return run(parse(sys.argv[1:] if args is None else args))
     except UserError as error:
@@ -85,6 +79,7 @@ def _run(config: TrainConfig) -> int:
         if processes.is_first():
             print(message, file=sys.stderr, flush=True)
 
+    processes.check_same(config)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir = Path(
         processes.of_first(lambda: str(config.run_dir or default_run_dir(config, stamp)))
@@ -96,11 +91,15 @@ def _run(config: TrainConfig) -> int:
         return 0
     rows = config.batch_size // config.optimizer.accumulation
     placed = placement.place(config.mesh, config.llama, rows)
-    try:
-        with placed.in_force():
-            served = ffi.backends()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+
+    def serve() -> str:
+        try:
+            with placed.in_force():
+                return str(ffi.backends())
+        except (RuntimeError, ValueError) as error:
+            raise UserError(str(error)) from None
+
+    served, *_ = processes.agreed(serve)
     try:
         trainer = Trainer(config, placed)
     except ValueError as error:  # flags that are right by themselves and do not go together
@@ -114,8 +113,9 @@ def _run(config: TrainConfig) -> int:
         return 0 if planned.fits else 2
 
     def check() -> str:
-        rundir.check_free(run_dir)
-        rundir.check(run_dir, config)
+        with mendable(f"--run_dir={run_dir} cannot be read"):
+            rundir.check_free(run_dir)
+            rundir.check(run_dir, config)
         return ""
 
     corpora = []
@@ -135,29 +135,35 @@ def _run(config: TrainConfig) -> int:
                 f"and {config.model} a vocabulary of {config.llama.vocab_size:,}; set "
                 "--model.vocab_size"
             )
+        if processes.is_first():
+            rundir.check_data(run_dir, corpus.fingerprint)
         corpora.append(corpus)
-        return f"{corpus.fingerprint} {rundir.identity(config)}"
+        return corpus.fingerprint
 
     processes.of_first(check)
     if len(set(processes.agreed(load))) > 1:
-        raise UserError("processes differ in --data or other flags; expected the same for all")
+        raise UserError("processes differ in what --data holds; expected the same for all")
     (corpus,) = corpora
-    rundir.check_data(run_dir, corpus.fingerprint)
     if config.quantization.quantizes:
-        say(str(served))
+        say(served)
     if config.mesh is None and jax.local_device_count() > 1:
         devices = jax.local_device_count()
         say(f"warning: one of {devices} devices is used; --mesh=fsdp={devices} would use all")
     mesh = "" if config.mesh is None else f" on {placed}"
     say(f"{config.model} in {config.recipe}{mesh}: compiling")
     planned, step_fn = plan.make_plan(trainer)
-    if not planned.fits or step_fn is None:
-        planned.show()
-        raise UserError(
-            f"{config.model} takes {planned.total / plan.GIB:.1f} GiB and {planned.device} has "
-            f"{planned.device_bytes / plan.GIB:.1f}; choose a smaller --model or --batch_size"
-        )
 
+    def check_fits() -> str:
+        if not planned.fits:
+            planned.show()
+            raise UserError(
+                f"{config.model} takes {planned.total / plan.GIB:.1f} GiB and {planned.device} has "
+                f"{planned.device_bytes / plan.GIB:.1f}; choose a smaller --model or --batch_size"
+            )
+        return ""
+
+    processes.agreed(check_fits)  # hosts may differ in memory
+    assert step_fn is not None
     for line in collectives.described(step_fn):
         say(line)
 
@@ -174,6 +180,7 @@ def _run(config: TrainConfig) -> int:
                 raise
             say(f"warning: an interrupt could not be saved: {error}")
         held.enter_context(rundir.hold(run_dir, say))
+        (run_dir / rundir.ENDED).unlink(missing_ok=True)  # all are here: it is of an earlier start
         rundir.check(run_dir, config)  # again: another run may have begun there since
         rundir.write(
             run_dir,
@@ -185,20 +192,14 @@ def _run(config: TrainConfig) -> int:
         )
         return ""
 
-    try:
-        with held:
-            processes.of_first(prepare_run_dir)
-            say(
-                f"{planned.parameters:,} parameters, {len(corpus.train):,} training tokens; "
-                f"writing to {run_dir}"
-            )
-            with placed.in_force():
-                outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
-    except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0, "make room")
-        raise UnsharedError(
-            f"cannot write to {run_dir}: {error.strerror or error}; {remedy} and add --resume"
-        ) from error
+    with mendable(f"cannot write to {run_dir}", " and add --resume"), held:
+        processes.of_first(prepare_run_dir)
+        say(
+            f"{planned.parameters:,} parameters, {len(corpus.train):,} training tokens; "
+            f"writing to {run_dir}"
+        )
+        with placed.in_force():
+            outcome = loop.train(config, run_dir, corpus, trainer, step_fn)
     status = STOPPED if outcome.interrupted else 0
     if not processes.is_first():
         return status

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -57,6 +58,12 @@ class RunLog:
             file.flush()
         self._events.flush()
 
+    def sync(self) -> None:
+        """Has all lines written so far on disk, where they outlive the host's own end."""
+        self.flush()
+        for file in (self._metrics, self._health):
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         """Closes the files."""
         self._open.close()
@@ -83,6 +90,9 @@ class Mute:
 
     def flush(self) -> None:
         """Has nothing to hand on."""
+
+    def sync(self) -> None:
+        """Has nothing to keep."""
 
     def close(self) -> None:
         """Has nothing to close."""

@@ -1,6 +1,7 @@
 """Several processes of one run: how they meet, agree, and stop together."""
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -11,18 +12,28 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
-from train.config import TrainConfig, report_error
-from train.errors import UnsharedError, UserError
+from train.config import TrainConfig, differences, report_error, to_dict
+from train.errors import UserError
 
 MEETING = 600
-"""Seconds for which a process waits for those that come up late; XLA then aborts it."""
+"""Seconds for which a process waits for those that come up late, and at the end for those that are
+not done yet, such as the first one, which writes for all; XLA then aborts it."""
 
 SILENCE = 30
 """Seconds of silence after which a process counts as dead, and the others stop."""
 
-_MESSAGE = 4096
-"""Bytes of what processes tell each other."""
+PARTING = 10
+"""Seconds in which a mistake that all processes meet is met by the last of them."""
+
+OWN = ("coordinator", "num_processes", "process_id", "run_dir", "data", "tokenizer", "config",
+       "resume", "profile")  # fmt: skip
+"""Fields in which processes may differ: how each finds the others, what goes by content (data), and
+what the first one decides for all."""
+
+_MESSAGE = 2**16
+"""Bytes of what processes tell each other, at most."""
 
 
 @contextlib.contextmanager
@@ -31,8 +42,8 @@ def joined(config: TrainConfig) -> Iterator[None]:
 
     An exception ends this process at once: to part in order would be to wait for the others, who
     may be dead or wait for this one. They stop too: the collective that they are in fails, or the
-    coordinator misses this process's heartbeats for ``SILENCE`` seconds. A mistake that all of them
-    met is told, and they part in order.
+    coordinator misses this process's heartbeats for ``SILENCE`` seconds. A mistake is told; where
+    all of them met it, they part in order.
 
     Where the others are not there within ``MEETING`` seconds, XLA ends the process by SIGABRT, with
     a trace of its own, and no exception.
@@ -57,7 +68,7 @@ def joined(config: TrainConfig) -> Iterator[None]:
             local_device_ids=_local_device_ids(),
             initialization_timeout=MEETING,
             heartbeat_timeout_seconds=SILENCE,
-            shutdown_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=MEETING,
         )
     except (RuntimeError, ValueError) as error:
         elsewhere = "; to plan for it elsewhere, give every size of --mesh" if config.plan else ""
@@ -69,7 +80,8 @@ def joined(config: TrainConfig) -> Iterator[None]:
         yield
     except UserError as error:
         status = report_error(error)  # first of all: where others are missing, parting may abort
-        if isinstance(error, UnsharedError):
+        if not _all_part():
+            sys.stdout.flush()
             os._exit(status)
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
@@ -86,6 +98,34 @@ def joined(config: TrainConfig) -> Iterator[None]:
         os._exit(1)
     else:
         jax.distributed.shutdown()
+
+
+def _all_part() -> bool:
+    """Whether all processes come here: those that have not met a mistake wait elsewhere for it."""
+    try:
+        multihost.get_barrier_sync_fn()(key="parting", timeout_ms=1000 * PARTING)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def check_same(config: TrainConfig) -> None:
+    """Refuses flags, but those in ``OWN``, in which a process differs from the first.
+
+    Each would wait for the others in another collective than they are in.
+
+    Raises:
+        UserError: in all processes, naming what differs.
+    """
+    own = {name: value for name, value in to_dict(config).items() if name not in OWN}
+    first = of_first(lambda: json.dumps(own))
+
+    def compare() -> str:
+        if found := differences(json.loads(first), own):
+            raise UserError(f"{', '.join(found)}; expected the flags of process 0")
+        return ""
+
+    agreed(compare)
 
 
 def _awaited(config: TrainConfig) -> str:

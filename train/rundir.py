@@ -1,7 +1,6 @@
 """The run directory: what it is of, and whether a run may begin or go on in it."""
 
 import errno
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,14 @@ from train.config import TrainConfig, differences, sent_in, to_dict
 from train.errors import UserError
 
 CONFIG, LOCK = "config.json", "lock"
+
+ENDED = "ended"
+"""By this file the launcher that ends first tells those of other hosts; a run removes it."""
+
+_PARTIAL = CONFIG + ".partial"
+_BEFORE_A_RUN = {LOCK, ENDED, _PARTIAL}
+"""What a run may leave that was killed, or refused, before it had begun."""
+
 PACKAGES = ("jfp4", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 FREE = ("resume", "plan", "backend", "run_dir", "data", "tokenizer", "eval_every", "eval_batches",
@@ -42,7 +49,7 @@ def check(run_dir: Path, config: TrainConfig) -> None:
     if not path.is_file():
         if config.resume:
             raise UserError(f"{run_dir} holds no run to resume; leave --resume out to begin one")
-        if run_dir.exists() and (not run_dir.is_dir() or set(os.listdir(run_dir)) - {LOCK}):
+        if run_dir.exists() and (not run_dir.is_dir() or set(os.listdir(run_dir)) - _BEFORE_A_RUN):
             raise UserError(f"{run_dir} is in use and holds no run; choose another --run_dir")
         return
     found = differences(_identity(read(run_dir)["config"]), _identity(to_dict(config)))
@@ -126,6 +133,8 @@ def check_data(run_dir: Path, fingerprint: str) -> None:
 def check_space(run_dir: Path, needed: int) -> None:
     """Refuses to begin where the checkpoints would not fit.
 
+    What a save that was cut off has left counts as free: the run removes it before it saves.
+
     Args:
         run_dir: the run directory, which need not exist.
         needed: bytes.
@@ -136,7 +145,9 @@ def check_space(run_dir: Path, needed: int) -> None:
     place = run_dir.absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    cut_off = (run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*/**/*")
+    left = sum(file.stat().st_size for file in cut_off if file.is_file())
+    free = shutil.disk_usage(place).free + left
     if free < needed:
         raise UserError(
             f"the disk of {run_dir} has {_size(free)} free and checkpoints take {_size(needed)}; "
@@ -191,16 +202,9 @@ def write(
             **{name: _version(name) for name in PACKAGES},
         },
     }
-    partial = run_dir / (CONFIG + ".partial")
+    partial = run_dir / _PARTIAL
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, run_dir / CONFIG)
-
-
-def identity(config: TrainConfig) -> str:
-    """A digest of the settings that have a part in the parameters, or in all processes' program."""
-    whole = to_dict(config)
-    same = _identity(whole) | {group: whole[group] for group in ("llama", "optimizer")}
-    return hashlib.sha256(json.dumps(same).encode()).hexdigest()
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

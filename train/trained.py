@@ -11,7 +11,7 @@ from flax import nnx
 from jfp4 import master
 from jfp4.models.llama import Llama
 from train import rundir
-from train.checkpoint import named_leaves
+from train.checkpoint import check_holds, named_leaves
 from train.config import from_dict
 from train.errors import UserError
 from train.step import Trainer
@@ -29,7 +29,7 @@ def load_model(run_dir: str | Path, step: int | None = None) -> Llama:
         step: of the checkpoint; None is the newest.
 
     Raises:
-        UserError: there is no such run, or no such checkpoint.
+        UserError: there is no such run, or no such checkpoint, or it cannot be read.
     """
     run_dir = Path(run_dir)
     if not (run_dir / rundir.CONFIG).is_file():
@@ -49,6 +49,7 @@ def load_model(run_dir: str | Path, step: int | None = None) -> Llama:
     step = steps[-1] if step is None else step
     path = (run_dir / "checkpoints" / str(step) / "default").absolute()
     with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        check_holds(reader, path, wanted)
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         arrays = reader.restore(
             path, args=ocp.args.PyTreeRestore(wanted, restore_args, partial_restore=True)

@@ -169,6 +169,11 @@ def test_an_optimizer_step_sends_nothing_and_copies_nothing(found, request):
 
 
 @pytest.mark.slow
+def test_rows_that_devices_do_not_divide_are_exchanged_too(found):
+    assert 2.0**-10 < found["odd rows"] <= 1
+
+
+@pytest.mark.slow
 def test_an_infinite_gradient_is_no_number_after_the_exchange(found):
     """Its row's scale is NaN, so that the step is skipped."""
     rows = [0] * 64

@@ -125,7 +125,8 @@ def main():
         results[f"{text} holds"] = held / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if text == "data=2,fsdp=2,tensor=2":
             for comm in ("bfloat16", "fp8"):
-                results[comm], _ = run(placement, lambda batch: batch, f"--grad_comm={comm}")
+                flags = (f"--mesh={text}", f"--grad_comm={comm}")
+                results[comm], _ = run(placement, lambda batch: batch, *flags)
             flag = "--model.no_scan_layers"
             results["written out"], _ = run(placement, lambda batch: batch, flag)
     json.dump(results, sys.stdout)

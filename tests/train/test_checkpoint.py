@@ -172,6 +172,12 @@ def test_a_failed_write_is_an_os_error(tmp_path, monkeypatch):
         monkeypatch.undo()
 
 
+def test_a_save_may_take_hours(tmp_path):
+    """Each ends a run that it is too short for."""
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints._manager._options.async_options.timeout_secs >= 4 * 3600
+
+
 def test_what_was_cut_off_is_not_a_checkpoint(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, state_of(1))
@@ -208,13 +214,20 @@ def test_a_run_that_saves_only_when_interrupted(runs, tmp_path, monkeypatch):
 
 
 def test_lines_are_on_disk_before_the_checkpoint_after_them(runs, tmp_path, monkeypatch):
-    found = []
-    save = Checkpoints.save
+    """On disk, and not with the system alone, which may end too."""
+    found, last = [], {}
+    save, fsync = Checkpoints.save, os.fsync
+
+    def synced(file):
+        if os.path.samestat(os.fstat(file), os.stat(tmp_path / "run" / "metrics.jsonl")):
+            last["step"] = lines_of(tmp_path / "run")[-1]["step"]
+        fsync(file)
 
     def look(self, step, state):
-        found.append((step, lines_of(tmp_path / "run")[-1]["step"]))
+        found.append((step, last.get("step")))
         save(self, step, state)
 
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Checkpoints, "save", look)
     interrupt_at(monkeypatch, 11)
     assert runs.tiny(tmp_path / "run", "--checkpoint.every=2", "--eval_every=5") == STOPPED

@@ -88,3 +88,13 @@ def test_an_annotated_trip_count_goes_first():
 )
 def test_groups(text, first):
     assert _groups(text)[0].tolist() == first
+
+
+def test_a_reduce_scatter_is_counted_by_what_goes_in():
+    text = """
+ENTRY %main (x: f32[8,16]) -> f32[4,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  ROOT %s = f32[4,16]{1,0} reduce-scatter(%x), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+    assert collectives(text) == [Collective("reduce-scatter", 4 * 8 * 16, (0, 1), 1)]

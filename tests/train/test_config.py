@@ -1,6 +1,7 @@
 """Flags to configuration, mistakes to one line, and back from config.json."""
 
 import dataclasses
+import errno
 import json
 import re
 import sys
@@ -111,6 +112,18 @@ def test_json_brings_a_configuration_back(model, recipe):
             ["--recipe=bf16", "--grad_comm=fp8"],
             "grad_comm=fp8; expected float32 or bfloat16 with recipe=bf16, which quantises nothing",
         ),
+        (
+            ["--grad_comm=fp8"],
+            "--grad_comm=fp8 changes nothing, since mesh=None sums no gradients over devices",
+        ),
+        (
+            ["--grad_comm=bfloat16", "--mesh=fsdp=1,tensor=2"],
+            "--grad_comm=bfloat16 changes nothing, since mesh=fsdp=1,tensor=2 sums no gradients",
+        ),
+        (
+            ["--optimizer.rounding=nearest"],
+            "--optimizer.rounding=nearest changes nothing, since both moments are float32",
+        ),
         (["--optimizer.accumulation=0"], "optimizer.accumulation=0; expected >= 1"),
         (["--optimizer.max_skipped=0"], "optimizer.max_skipped=0; expected >= 1"),
         (["--checkpoint.every=-1"], "checkpoint.every=-1; expected >= 0"),
@@ -135,8 +148,9 @@ def test_mistakes_say_what_and_how_to_mend_it(capsys, args, message):
         (["--optimizer.master=bfloat16"], "bfloat16"),
         (["--optimizer.master=bfloat16", "--recipe=bf16"], "bfloat16"),
         (["--optimizer.master=float16"], "float32"),
-        (["--optimizer.master=bfloat16", "--grad_comm=float32"], "float32"),
-        (["--grad_comm=fp8"], "fp8"),
+        (["--optimizer.master=bfloat16", "--grad_comm=float32", "--mesh=data=2"], "float32"),
+        (["--grad_comm=fp8", "--mesh=fsdp=-1"], "fp8"),
+        (["--grad_comm=float32"], "float32"),
     ],
 )
 def test_gradients_are_sent_as_they_are_kept_or_as_is_said(flags, sent):
@@ -231,6 +245,32 @@ def test_resume_takes_the_flags_of_the_run(tmp_path):
     # Another preset is that preset, not the run's fields.
     other = parse([f"--run_dir={run_dir}", "--resume", "--model=llama5m"])
     assert other.llama == MODELS["llama5m"] and other.steps == 7
+
+
+def test_what_changes_nothing_may_be_kept_or_meant_for_what_a_file_says(tmp_path):
+    # As a run of another mesh may be gone on with, or one that began before they were refused.
+    kept = dataclasses.replace(
+        parse(["--mesh=data=2", "--grad_comm=fp8"]),
+        mesh=None,
+        optimizer=OptimizerConfig(rounding="nearest"),
+    )
+    rundir.write(tmp_path, kept, "", device="", parameters=1, planned_bytes=2)
+    again = ["--grad_comm=fp8", "--optimizer.rounding=nearest"]
+    for flags in ([], again):
+        config = parse([f"--run_dir={tmp_path}", "--resume", *flags])
+        assert (config.grad_comm, config.optimizer.rounding) == ("fp8", "nearest")
+    file = tmp_path / "mesh.toml"
+    file.write_text('mesh = "data=2"\n"optimizer.first_moment" = "e4m3"\n')
+    assert parse([f"--config={file}", *again]).gradients_sent_in == "fp8"
+
+
+def test_a_run_directory_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match=r"^--run_dir=\S* cannot be read: Permission denied; allow"):
+        parse([f"--run_dir={tmp_path}", "--resume"])
 
 
 def test_resume_does_not_trace_again(tmp_path):

@@ -1,7 +1,9 @@
 """Documents, their split, prepared shards, and the order of batches."""
 
+import errno
 import gzip
 import json
+import os
 import sysconfig
 import tokenize
 from collections.abc import Callable
@@ -357,6 +359,53 @@ class TestMistakes:
         self.refused(tmp_path / "none", "none does not exist")
         (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
         self.refused(tmp_path, r"a\.txt cannot be read")
+
+    def test_what_cannot_be_listed_is_not_left_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_texts(tmp_path, TEXTS)
+        closed = tmp_path / "closed"
+        write_texts(closed, ["more"])
+        scandir = os.scandir
+
+        def refuse(path: Any) -> Any:
+            if Path(path) == closed:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        match = rf"data {tmp_path} cannot be read \({closed}: Permission denied\)"
+        self.refused(tmp_path, match)
+
+    def test_what_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: Path, **options: Any) -> Any:
+            if path.name in ("meta.json", "doc000.txt"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return stat(path, **options)
+
+        write_texts(tmp_path, TEXTS)
+        stat, is_file = Path.stat, Path.is_file
+        monkeypatch.setattr(Path, "stat", refuse)
+        self.refused(tmp_path / "doc000.txt", "data .*doc000.txt cannot be read .*Permission")
+        monkeypatch.setattr(Path, "is_file", lambda path: bool(path.stat()))
+        self.refused(tmp_path, "data .* cannot be read .*Permission denied.*; allow it")
+        monkeypatch.setattr(Path, "is_file", is_file)
+
+    def test_a_linked_directory_is_not_left_out(self, tmp_path: Path) -> None:
+        write_texts(tmp_path / "text", TEXTS)
+        write_texts(tmp_path / "more", ["more"])
+        (tmp_path / "text" / ".hidden").symlink_to(tmp_path / "more")
+        assert sum(documents.Documents(str(tmp_path / "text")).counts.values()) == 60
+        (tmp_path / "text" / "z").symlink_to(tmp_path / "more")
+        self.refused(tmp_path / "text", "text/z is a link to a directory, which is not followed")
+
+    @pytest.mark.timeout(20)
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        write_texts(tmp_path, TEXTS)
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path, tmp_path / "pipe"):
+            self.refused(path, "pipe is no regular file; give files or move it elsewhere")
 
     def test_one_document_repeated(self, tmp_path: Path) -> None:
         self.refused(write_texts(tmp_path, ["same"] * 3), "one document 3 times")

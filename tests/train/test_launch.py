@@ -1,17 +1,22 @@
 """The launcher: what it starts, again or not, and what it says; of programs that only end."""
 
+import errno
 import functools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from train import launch
+from train.errors import UserError
+from train.rundir import ENDED
 
 # Stands for train.main: writes down its flags, and ends by the statuses in a file, one a start.
 PROGRAM = """
@@ -28,6 +33,10 @@ if status < 0:
     os.kill(os.getpid(), -status)
 if status == 99:
     signal.pause()
+if status == 97:  # hangs, and hears nothing
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (run_dir / "hangs").touch()
+    time.sleep(30)
 if status == 98:
     time.sleep(1)
     status = 143
@@ -65,6 +74,21 @@ sys.exit(int(sys.argv[-1]))
 """
 
 
+# A run that only waits, in the place of what train.main does.
+WAITING = """
+import os, sys, time
+from train import main
+def wait(config):
+    assert "JFP4_LAUNCHER" not in os.environ
+    print("waiting", flush=True)
+    time.sleep(60)
+main.run = wait
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+ROOT = Path(__file__).parents[2]
+
+
 @pytest.fixture
 def launched(tmp_path, monkeypatch, capfd):
     """Launches a program that ends so; gives the status, each start's flags, and what was said."""
@@ -76,6 +100,8 @@ def launched(tmp_path, monkeypatch, capfd):
             assert command[:3] == [sys.executable, "-m", "train.main"]
             super().__init__([sys.executable, tmp_path / "program.py", *command[3:]], **options)
             started()
+
+    monkeypatch.setattr(launch, "PAUSE", 0.0)
 
     def run(statuses, *flags, as_it_starts=lambda: None):
         nonlocal started
@@ -146,17 +172,105 @@ def test_a_signal_to_all_in_the_terminal_reaches_the_run_once(tmp_path, number, 
     (tmp_path / "program.py").write_text(LISTENING)
     command = [sys.executable, "-c", LAUNCHED, tmp_path / "program.py"]
     command += [f"--run_dir={tmp_path}", str(status)]
-    root = Path(__file__).parents[2]
     with subprocess.Popen(
-        command, cwd=root, stdout=subprocess.PIPE, text=True, process_group=0
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, process_group=0
     ) as launcher:
         try:
             assert launcher.stdout.readline() == "listening\n"
-            os.killpg(launcher.pid, number)  # as a terminal does at Ctrl-C, or when it is closed
+            for _ in range(2):  # which is one request
+                os.killpg(
+                    launcher.pid, number
+                )  # as a terminal does at Ctrl-C, or when it is closed
             assert launcher.communicate(timeout=30)[0] == "SIGTERM\n"
         finally:
             launcher.kill()  # or what did not end would be waited for
     assert launcher.returncode == status
+
+
+def test_a_second_signal_ends_what_hangs(launched, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "SAME_REQUEST", 0.1)
+
+    def signals():
+        while not (tmp_path / "hangs").exists():
+            time.sleep(0.05)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    began = time.monotonic()
+    thread = threading.Thread(target=signals)
+    status, (starts,), said = launched({"0": [97]}, as_it_starts=thread.start)
+    thread.join()
+    assert status == 130 and len(starts) == 1 and time.monotonic() - began < 20
+    assert "launch: asked again to end: killing what still runs\n" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process dies with another on Linux alone")
+def test_a_run_dies_with_its_launcher(tmp_path):
+    (tmp_path / "program.py").write_text(WAITING)
+    command = [sys.executable, "-c", LAUNCHED, tmp_path / "program.py", f"--run_dir={tmp_path}/run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout.readline() == "waiting\n"
+        launcher.kill()
+        began = time.monotonic()
+        assert launcher.stdout.read() == ""  # ends with the last that could write there
+        assert time.monotonic() - began < 20
+
+
+MEETING = ("--coordinator=host:1", "--num_processes=2", "--process_id=0")
+
+
+def test_one_that_ends_tells_the_launchers_of_other_hosts(launched, tmp_path):
+    file = tmp_path / ENDED
+    status, (starts,), said = launched({"0": [2]}, *MEETING)
+    assert file.read_text() == f"the launcher on {platform.node()} has ended, with status 2"
+    # Another's does not start again; and what the first one told stays.
+    status, (starts,), said = launched(
+        {"0": [2, -9, 0]}, *MEETING, as_it_starts=lambda: file.write_text("told")
+    )
+    assert status == -9 and len(starts) == 2
+    assert "launch: not starting again: told\n" in said
+    assert file.read_text() == "told"
+
+
+def test_a_full_disk_has_room_to_tell_that_one_has_ended(launched, tmp_path, monkeypatch):
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    launch._Others(tmp_path / "run").tell("told")
+    assert launch._Others(tmp_path / "run").ended() == "the launcher on another host has ended"
+
+
+def test_what_was_told_of_an_earlier_start_does_not_count(launched, tmp_path):
+    file = tmp_path / ENDED
+    file.write_text("told")
+    os.utime(file, (time.time() - 2 * launch.LATE,) * 2)
+    status, (starts,), _ = launched({"0": [-9, 0]}, *MEETING)
+    assert status == 0 and len(starts) == 2
+    assert file.read_text().endswith("with status 0")
+
+
+def test_who_has_no_others_tells_nobody(launched, tmp_path):
+    (tmp_path / "auto.toml").write_text('coordinator = "auto"\n')
+    for flags in ((), ("--processes=1",)):
+        assert launched({"0": [2, 2]}, *flags)[0] == 2
+        assert not (tmp_path / ENDED).exists()
+    assert launch._meets_others([f"--config={tmp_path}/auto.toml"])
+    assert launch._meets_others(["--config=none"])  # which nobody knows
+
+
+def test_a_run_dir_that_cannot_be_read(launched, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match=r"^--run_dir=r cannot be read \(Permission denied\)"):
+        launch.launch(["--run_dir=r"], None, 0)
 
 
 def test_a_signal_between_two_attempts_ends_it(launched, monkeypatch):

@@ -17,7 +17,7 @@ import tokenizers
 from tiny_run import TINY, lines_of, one_error
 
 from jfp4.ops import ffi
-from train import loop, metrics, prepare, rundir
+from train import interrupts, loop, metrics, prepare, processes, rundir
 from train.batches import batches
 from train.checkpoint import Checkpoints
 from train.errors import UserError
@@ -328,6 +328,78 @@ def test_a_run_directory_that_is_taken_away(
     assert last_error(capsys)[0] == f"error: cannot write to run: {message} and add --resume"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "EIO"), OSError(errno.ESTALE, "ESTALE"), TimeoutError("a save's deadline")],
+    ids=["EIO", "ESTALE", "deadline"],
+)
+def test_what_another_start_may_be_enough_for_is_no_mistake(
+    runs, elsewhere, text, monkeypatch, error
+):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(metrics, "_write", fail)
+    with pytest.raises(OSError) as raised:
+        runs(*tiny(text))
+    assert raised.value is error
+
+
+def test_a_run_directory_that_may_not_be_read(refuses, text, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", "run/config.json")
+
+    monkeypatch.setattr(rundir, "check", refuse)
+    error = refuses(*tiny(text))
+    assert error == "error: --run_dir=run cannot be read: Permission denied; allow it\n"
+
+
+def test_what_launchers_told_of_an_earlier_start_goes(runs, elsewhere, text):
+    (elsewhere / "run").mkdir()
+    (elsewhere / "run" / rundir.ENDED).touch()
+    assert runs(*tiny(text)) == 0
+    assert not (elsewhere / "run" / rundir.ENDED).exists()
+
+
+def test_memory_of_one_host_and_data_of_another_run_are_told_by_all(
+    runs, elsewhere, text, tmp_path, unbroken, capsys, monkeypatch
+):
+    told = []
+    agreed = processes.agreed
+
+    def watched(make):
+        try:
+            return agreed(make)
+        except UserError as error:
+            told.append(str(error))
+            raise
+
+    monkeypatch.setattr(processes, "agreed", watched)
+    assert runs("--model=llama13b", "--run_dir=run", f"--data={text}") == 2
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+    (tmp_path / "other.txt").write_text(text.read_text() * 2)
+    assert runs.resume(run_dir, f"--data={tmp_path}/other.txt") == 2
+    assert len(told) == 2
+    assert "; choose a smaller --model" in told[0] and "began with other data" in told[1]
+
+
+def test_processes_go_on_from_the_first_one_s_checkpoint(
+    runs, unbroken, tmp_path, capsys, monkeypatch
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+    of_first = processes.of_first
+
+    def of_another(make):
+        found = of_first(make)
+        return "8" if found == "12" else found
+
+    monkeypatch.setattr(processes, "of_first", of_another)
+    assert runs.resume(run_dir) == 0
+    assert "going on from step 8\n" in capsys.readouterr().err
+
+
 def test_a_model_too_large_for_the_machine(runs, elsewhere, text, capsys):
     arrays, begun = len(jax.live_arrays()), time.monotonic()
     flags = ("--model=llama13b", "--run_dir=run", f"--data={text}")
@@ -414,18 +486,18 @@ def test_program(text, tmp_path):
 
 
 def test_a_sigterm_that_arrives_twice_is_one_request(monkeypatch):
-    with loop._interrupts() as received:
+    with interrupts.interrupts(alone=True) as received:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert received == [signal.SIGTERM, signal.SIGTERM]
-    monkeypatch.setattr(loop, "SAME_REQUEST", -1.0)
-    with pytest.raises(KeyboardInterrupt), loop._interrupts() as received:
+    monkeypatch.setattr(interrupts, "SAME_REQUEST", -1.0)
+    with pytest.raises(KeyboardInterrupt), interrupts.interrupts(alone=True) as received:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_second_signal_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), loop._interrupts() as received:
+    with pytest.raises(KeyboardInterrupt), interrupts.interrupts(alone=True) as received:
         signal.raise_signal(signal.SIGTERM)
         assert received == [signal.SIGTERM]
         signal.raise_signal(signal.SIGINT)

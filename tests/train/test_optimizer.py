@@ -126,3 +126,23 @@ def test_skipping_never_gives_up(config):
 def test_the_peak_is_the_learning_rate_of_the_flags(config):
     changed = dataclasses.replace(config(), lr=0.5)
     assert lr_of(changed).max() == pytest.approx(0.5)
+
+
+def test_a_run_s_seed_is_that_of_its_rounding(tiny_config):
+    """Of moments, and of parameters in two bytes."""
+    narrow = OptimizerConfig(
+        master="bfloat16", first_moment="e4m3", second_moment="float16", rounding="stochastic"
+    )
+    config = tiny_config(optimizer=narrow)
+    batch = jnp.zeros(Trainer(config).batch_shape().shape, jnp.int32)
+
+    def after(seed):
+        trainer = Trainer(dataclasses.replace(config, seed=seed))
+        assert make_optimizer(trainer.config).seed == seed
+        start = jax.jit(Trainer(config).init)()  # the same for both
+        return jax.jit(trainer.step)(start, batch)[0].params
+
+    params, others = map(after, (0, 3))
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (params, others)), strict=True))
+    to_nearest = dataclasses.replace(narrow, rounding="nearest")
+    assert make_optimizer(dataclasses.replace(config, optimizer=to_nearest)).seed is None

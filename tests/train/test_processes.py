@@ -11,12 +11,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import assert_same_arrays, lines_of, saved_arrays
 
 from train import processes
 from train.config import parse
+from train.errors import UserError
 from train.launch import _meeting
 from train.main import STOPPED
 
@@ -232,16 +234,23 @@ def test_a_profile_is_the_first_process_s(group, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_of_one_is_told_by_all(group, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--data=none", "data none does not exist"),
+        ("--mesh=data=2,fsdp=2", "mesh (fsdp=2,tensor=2, now data=2,fsdp=2); expected the flags"),
+    ],
+)
+def test_a_mistake_of_one_is_told_by_all(group, tmp_path, flag, message):
     first, second = _meeting(2)
     flags = (f"--run_dir={tmp_path}/run",)
     one = group._start(*flags, *first, devices=2, killed_at=None)
-    other = group._start(*flags, *second, "--data=none", devices=2, killed_at=None)
+    other = group._start(*flags, *second, flag, devices=2, killed_at=None)
     with ended([one, other]) as running:
         outputs = [process.communicate(timeout=BUSY)[0] for process in running]
     assert [process.returncode for process in running] == [2, 2], outputs
     for said in outputs:
-        assert "error: process 1: data none does not exist" in said
+        assert f"error: process 1: {message}" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -258,6 +267,67 @@ def test_what_one_alone_cannot_write_is_told_at_once(group, tmp_path):
     # Nothing follows it, such as how the runtime aborts.
     message = f"cannot write to {tmp_path}/run: No space left on device; make room and add --resume"
     assert said.splitlines()[-1] == f"error: {message}"
+
+
+class Exit(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Joins processes that do not exist; gives what they were to be joined by."""
+    given = {}
+
+    def missing(key, timeout_ms):
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+
+    def end(status):
+        raise Exit(status)
+
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **options: given.update(options)
+    )
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: given.update(parted=True))
+    monkeypatch.setattr(processes.multihost, "get_barrier_sync_fn", lambda: missing)
+    monkeypatch.setattr(os, "_exit", end)
+    return given
+
+
+JOINING = ("--coordinator=host0:7654", "--num_processes=2", "--process_id=0")
+
+
+def test_a_mistake_that_others_do_not_meet_ends_the_process_at_once(alone, capsys, monkeypatch):
+    with pytest.raises(Exit) as ended, processes.joined(parse(JOINING)):
+        raise UserError("metrics.jsonl:2 is no line of a step")
+    assert ended.value.args == (2,) and "parted" not in alone
+    assert capsys.readouterr().err.endswith("error: metrics.jsonl:2 is no line of a step\n")
+    # And where all of them come there, they part in order.
+    monkeypatch.setattr(processes.multihost, "get_barrier_sync_fn", lambda: lambda **options: None)
+    with pytest.raises(SystemExit) as ended, processes.joined(parse(JOINING)):
+        raise UserError("no such data")
+    assert ended.value.code == 2 and alone["parted"]
+
+
+def test_a_first_process_that_is_slow_at_the_end_is_waited_for(alone):
+    with processes.joined(parse(JOINING)):
+        pass
+    assert alone["parted"] and alone["shutdown_timeout_seconds"] == processes.MEETING
+
+
+def test_what_decides_the_collectives_is_the_same_in_all_processes(monkeypatch):
+    told = []
+    monkeypatch.setattr(processes, "of_first", lambda make: told.append(make()) or told[0])
+    processes.check_same(parse(["--mesh=fsdp=4", "--eval_every=4", "--run_dir=a"]))
+    own = ("--mesh=fsdp=4", "--eval_every=4", "--run_dir=b", "--data=x", "--profile=3", *JOINING)
+    processes.check_same(parse(own))
+    other = ("--checkpoint.every=5", "--log.every=2", "--backend=xla", "--eval_every=5")
+    with pytest.raises(UserError) as raised:
+        processes.check_same(parse(["--mesh=data=2,fsdp=2", *other]))
+    assert str(raised.value) == (
+        "backend (None, now xla), checkpoint.every (100, now 5), eval_every (4, now 5), "
+        "log.every (10, now 2), mesh (fsdp=4, now data=2,fsdp=2); expected the flags of process 0"
+    )
 
 
 def test_what_is_waited_for_is_told_before_it_is_too_late_to_speak():

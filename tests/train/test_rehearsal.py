@@ -10,6 +10,7 @@ import pytest
 from tiny_run import TINY
 
 from train import rehearsal
+from train.collectives import summary
 from train.config import parse
 from train.errors import UserError
 from train.main import main
@@ -44,6 +45,16 @@ def test_one_that_was_killed_is_told(monkeypatch, status, said):
         UserError, match=rf"^mesh=data=4: .* status {status}; expected memory for 4"
     ):
         rehearse(parse([*FLAGS, "--mesh=data=4"]))
+
+
+@pytest.mark.slow
+def test_layers_that_are_written_out_send_what_scanned_ones_do():
+    """The gradients of single layers lie where their stack's do, and are moved nowhere."""
+    scanned, written = (
+        summary(rehearse(parse([*FLAGS, "--mesh=data=2,fsdp=2,tensor=2", *flags])).collectives)
+        for flags in ((), ("--model.no_scan_layers",))
+    )
+    assert written == scanned
 
 
 @pytest.mark.slow

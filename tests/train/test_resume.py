@@ -83,16 +83,16 @@ def test_a_run_stopped_at_each_step_and_by_steps_not_logged(runs, unbroken, tmp_
 
 def test_a_signal_before_the_first_step(runs, unbroken, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
-    real = loop._interrupts
+    real = loop.interrupts
 
     @contextmanager
-    def at_once():
-        with real() as received:
+    def at_once(**options):
+        with real(**options) as received:
             signal.raise_signal(signal.SIGTERM)
             yield received
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_interrupts", at_once)
+        patch.setattr(loop, "interrupts", at_once)
         assert runs.tiny(run_dir) == STOPPED
     assert lines_of(run_dir) == []
     assert runs.resume(run_dir) == 0

@@ -48,6 +48,14 @@ def test_step_0_is_a_step(run_dir, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_a_damaged_checkpoint_is_said_to_be(run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    (copy / "checkpoints" / "3" / "default" / "_METADATA").unlink()
+    with pytest.raises(UserError, match=r"^checkpoint 3 cannot be read, or is damaged; "):
+        load_model(copy)
+
+
 def test_what_is_not_there_is_named(run_dir, tmp_path):
     with pytest.raises(UserError, match=r"run_dir=.*nothing holds no run"):
         load_model(tmp_path / "nothing")
