@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from tiny_run import interrupt_at, lines_of, saved_arrays
 
+from train import checkpoint
 from train.checkpoint import Checkpoints, parts
 from train.config import CheckpointConfig
 from train.errors import UserError
@@ -317,3 +319,10 @@ def test_saving_in_parts_takes_little_memory_of_the_host(tmp_path):
         grown[host_gib] = int(done.stdout)
     assert grown[2] > 256 * 2**20  # a copy of all
     assert grown[2**-5] < 128 * 2**20  # parts of 32 MiB, and what is made of them
+
+
+def test_what_a_process_holds_counts_every_device_of_its_own():
+    """Replicas too: each is fetched."""
+    place = SimpleNamespace(addressable_devices=range(4), shard_shape=lambda shape: (2, 8))
+    leaf = SimpleNamespace(shape=(4, 8), dtype=np.dtype(np.float32), sharding=place)
+    assert checkpoint._held(leaf) == 2 * 8 * 4 * 4

@@ -528,3 +528,31 @@ class TestPrepared:
     def refused(self, path: Path, match: str) -> None:
         with pytest.raises(UserError, match=match):
             data.load(str(path), seq_len=4, batch_size=1)
+
+
+def test_validation_needs_as_many_sequences_as_are_asked_for(tmp_path):
+    (tmp_path / "train.txt").write_text("123456789")
+    (tmp_path / "valid.txt").write_text("1234")
+    data.load(str(tmp_path), seq_len=2, batch_size=1, valid_sequences=2)
+    with pytest.raises(UserError, match=r"has 5 validation tokens and 7 are needed \(3 x 2 \+ 1\)"):
+        data.load(str(tmp_path), seq_len=2, batch_size=1, valid_sequences=3)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_documents_come_in_the_order_of_their_names_whatever_the_file_system_s(
+    tmp_path, monkeypatch, reverse
+):
+    for name in ("b", "a", "c/d", "c-0"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    walk = os.walk
+
+    def in_order(*args, **kwargs):
+        listed = ((place, folders, sorted(files, reverse=reverse))
+                  for place, folders, files in walk(*args, **kwargs))  # fmt: skip
+        return sorted(listed, key=lambda entry: entry[0], reverse=reverse)
+
+    monkeypatch.setattr(os, "walk", in_order)
+    texts = [text for _, text in documents.Documents(str(tmp_path))]
+    assert texts == ["a", "b", "c-0", "c/d"]

@@ -401,7 +401,7 @@ def test_processes_go_on_from_the_first_one_s_checkpoint(
 
 
 def test_a_model_too_large_for_the_machine(runs, elsewhere, text, capsys):
-    arrays, begun = len(jax.live_arrays()), time.monotonic()
+    arrays, begun = len(jax.live_arrays()), time.process_time()
     flags = ("--model=llama13b", "--run_dir=run", f"--data={text}")
     assert runs(*flags) == 2
     error, output = last_error(capsys)
@@ -411,7 +411,7 @@ def test_a_model_too_large_for_the_machine(runs, elsewhere, text, capsys):
     output, errors = capsys.readouterr()
     assert errors == "" and "estimated from shapes" in output
     assert "GiB too large" in " ".join(output.split())
-    assert time.monotonic() - begun < 30
+    assert time.process_time() - begun < 30  # nothing is compiled
     assert len(jax.live_arrays()) == arrays
     assert list(elsewhere.iterdir()) == []
 

@@ -1,7 +1,10 @@
 """What a run writes beside its checkpoints, line by line."""
 
+import itertools
 import json
 import struct
+import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 from tiny_run import lines_of, saved_arrays
 
-from train import data
+from train import data, loop, metrics
 from train.batches import eval_batches
 from train.errors import UserError
 from train.metrics import ProgressLine, RunLog, _clock
@@ -201,3 +204,23 @@ def test_progress_on_a_terminal(capsys, monkeypatch):
 )
 def test_time_left(seconds, shown):
     assert _clock(seconds) == shown
+
+
+def test_speed_is_that_of_tokens_and_evaluations_do_not_count(runs, tmp_path, monkeypatch):
+    ticks = itertools.count(0.0, 2.0)  # two seconds a reading
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic)
+    monkeypatch.setattr(loop, "time", clock)
+    flags = ("--steps=4", "--log.every=1", "--eval_every=2", "--log.health_every=0",
+             "--checkpoint.every=0")  # fmt: skip
+    assert runs.tiny(tmp_path / "run", *flags) == 0
+    lines = lines_of(tmp_path / "run")
+    tokens = lines[1]["tokens"] - lines[0]["tokens"]
+    assert [line["tokens_per_s"] for line in lines] == [tokens / 2] * 4
+
+
+def test_what_is_set_aside_has_a_number_that_no_log_has(tmp_path):
+    for name in ("metrics", "health", "health-1"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    assert metrics.set_aside(tmp_path) == tmp_path / "metrics-2.jsonl"
+    assert (tmp_path / "health-1.jsonl").read_text() == "health-1"
+    assert (tmp_path / "health-2.jsonl").read_text() == "health"
