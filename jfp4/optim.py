@@ -289,8 +289,9 @@ def skip_not_finite(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> optax.ApplyIfFiniteState:
-        zero = jnp.zeros([], jnp.int32)
-        return optax.ApplyIfFiniteState(zero, jnp.array(True), zero, inner.init(params))
+        # Arrays of their own each: a step may be given them to write in.
+        zero, total = (jnp.zeros([], jnp.int32) for _ in range(2))
+        return optax.ApplyIfFiniteState(zero, jnp.array(True), total, inner.init(params))
 
     def update(
         updates: Any,

@@ -107,6 +107,13 @@ def test_a_step_s_seed_may_be_any_integer():
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_first_step_may_be_given_the_state_to_write_in():
+    optimizer, weights = AdamW(0.1), jnp.ones((4, 256), jnp.bfloat16)
+    grads = jnp.full((4, 256), 0.3, jnp.bfloat16)
+    step = jax.jit(lambda *args: optimizer.step(*args, step=0), donate_argnums=(0, 1))
+    jax.block_until_ready(step(weights, optimizer.init(weights), grads))  # no array stands twice
+
+
 @pytest.mark.parametrize("name", ["xla", "host"])
 def test_seed_and_step_choose_the_bits_that_weights_are_rounded_by(name):
     optimizer, weights = AdamW(0.1), jnp.ones((4, 256), jnp.bfloat16)
