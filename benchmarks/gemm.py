@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 import jfp4
 from benchmarks.timing import (
+    HELD,
     Contender,
     Log,
     Side,
@@ -54,9 +55,6 @@ ONE_SCALE = "torch, one scale"
 BF16_ROUNDING, FP8_ROUNDING = 2.0**-8, 2.0**-5
 """Bounds on the error's norm over the result's: of a cast to bfloat16, and of sums that keep 13
 fractional bits where products differ widely in magnitude, as those of E5M2 do."""
-
-SPINS = 3_000_000
-"""Cycles of a kernel that waits, about 1.5 ms."""
 
 Operands = tuple[QTensor, QTensor, Array, Array]
 """Codes of x [m, k] and of w, transposed [n, k]; then x and w themselves, in bfloat16."""
@@ -246,14 +244,16 @@ def torch_side(sets: list[Operands], row_wise: bool) -> Side:
     return Side(
         lambda i: product(*tensors[i % len(tensors)])[:m],
         lambda _: torch.cuda.synchronize(),
-        hold_torch,
+        hold_torch(),
     )
 
 
-def hold_torch() -> None:
-    """``hold`` in PyTorch's stream."""
+@functools.cache
+def hold_torch() -> Side:
+    """``timing.hold`` in PyTorch's stream."""
     torch: Any = importlib.import_module("torch")
-    torch.cuda._sleep(SPINS)
+    x = torch.zeros(HELD, dtype=torch.uint8, device="cuda")
+    return Side(lambda _: torch.amax(x, dim=1), lambda _: torch.cuda.synchronize())
 
 
 def to_torch(x: Array, dtype: Any = None) -> Any:

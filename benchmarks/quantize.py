@@ -235,7 +235,7 @@ def copy_side(nbytes: int, clone: bool = False) -> Side:
         place = slice((i % count) * nbytes, (i % count + 1) * nbytes)
         return source[place].clone() if clone else target[place].copy_(source[place])
 
-    return Side(call, lambda _: torch.cuda.synchronize(), hold_torch)
+    return Side(call, lambda _: torch.cuda.synchronize(), hold_torch())
 
 
 def same_as_xla(side: Side, built: Mapping[str, Side]) -> float:

@@ -67,18 +67,23 @@ def test_windows_are_cut_into_calls_of_the_same_kernels():
 
 
 def test_what_holds_the_device_is_no_part_of_a_call(monkeypatch):
-    held = [Event(0, 9, "hold"), Event(9, 10, "a"), Event(10, 11, "a")]
-    monkeypatch.setattr(timing, "assign", lambda profile, count, device: [held, held[1:]])
+    held = [Event(0, 5, "hold"), Event(5, 9, "rest of it")]
+    calls = [Event(9, 10, "a"), Event(10, 11, "a")]
+    windows = [held, [*held, *calls], calls, [*held, *calls]]
+    monkeypatch.setattr(timing, "assign", lambda profile, count, device: windows[:count])
     monkeypatch.setattr(timing.jax.profiler.ProfileData, "from_file", lambda path: None)
     monkeypatch.setattr(timing.jax.profiler, "start_trace", _trace_file)
     monkeypatch.setattr(timing.jax.profiler, "stop_trace", lambda: None)
     order = []
-    sides = [
-        Side(lambda i: order.append(f"a{i}"), wait=lambda _: None, hold=lambda: order.append("h")),
-        Side(lambda i: order.append(f"b{i}"), wait=lambda _: None),
-    ]
-    assert timing.traced(sides, 2) == [held[1:], held[1:]]
-    assert order == ["h", "a0", "a1", "b0", "b1"]
+
+    def side(name, hold=None):
+        return Side(lambda i: order.append(f"{name}{i}"), wait=lambda _: None, hold=hold)
+
+    hold = side("h")
+    sides = [side("a", hold), side("b"), side("c", hold)]
+    assert timing.traced(sides, 2) == [calls] * 3
+    # Alone first, once for all whom it holds the device for.
+    assert order == ["h0", "h0", "a0", "a1", "b0", "b1", "h0", "c0", "c1"]
 
 
 def _trace_file(folder, profiler_options):
