@@ -50,7 +50,7 @@ Operands = tuple[Array, Array, Array]
 def run(log: Log, quick: bool) -> dict[str, Any]:
     """Layers of both models; all recipes where there are most rows."""
     # As many rounds as a line has sides: there each comes after each other one once.
-    options = {"calls": 3, "rounds": 3} if quick else {"calls": 3, "rounds": 8}
+    options = {"calls": 3, "rounds": 3} if quick else {"calls": 4, "rounds": 8}
     lines = []
     for model, weights in WEIGHTS.items():
         for m in ROWS[: 1 if model == "7B" else None]:
