@@ -136,12 +136,13 @@ class AdamW:
 
         Raises:
             ValueError: ``grads`` is another tree than ``stored``, or a gradient is not of its
-                parameter's shape; an unknown format of a moment.
+                parameter's shape; the state's moments are in other formats than this optimizer's.
 
         Warns:
             UserWarning: the kernel serves, but not this leaf: nothing says where it lies, or its
                 mesh divides amid a block of its moments.
         """
+        self._check(state)
         optimizer = self._with_mask_of(stored)
         chain = optimizer.transformation()
 
@@ -156,6 +157,20 @@ class AdamW:
 
         numbers = jnp.float32(scale), as_uint32(seed), jnp.asarray(step, jnp.int32)
         return ffi.dispatch(by_kernel, by_chain, stored, state, grads, *numbers)
+
+    def _check(self, state: optax.ApplyIfFiniteState) -> None:
+        _, (adam, *_) = state.inner_state
+        for name, moments in (("first", adam.mu), ("second", adam.nu)):
+            wanted = getattr(self, name)
+            for moment in jax.tree.leaves(moments, is_leaf=lambda x: isinstance(x, Blocks)):
+                found = "float32"
+                if isinstance(moment, Blocks):
+                    found = "e4m3" if moment.codes.dtype == jnp.uint8 else "float16"
+                if found != wanted:
+                    raise ValueError(
+                        f"state keeps the {name} moment in {found}; expected {wanted}, as this "
+                        "optimizer's init makes it"
+                    )
 
     def _with_mask_of(self, stored: Any) -> "AdamW":
         """Itself, its mask asked of whole leaves: by slices, they would have other shapes."""

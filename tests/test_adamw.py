@@ -114,6 +114,24 @@ def test_a_first_step_may_be_given_the_state_to_write_in():
     jax.block_until_ready(step(weights, optimizer.init(weights), grads))  # no array stands twice
 
 
+@pytest.mark.parametrize(
+    ("made", "given", "words"),
+    [
+        (("e4m3", "float16"), ("float16", "float16"), "first moment in e4m3; expected float16"),
+        (("float16", "float32"), ("e4m3", "float32"), "first moment in float16; expected e4m3"),
+        (("e4m3", "float16"), ("e4m3", "float32"), "second moment in float16; expected float32"),
+        (("float32", "float32"), ("float32", "float16"), "second moment in float32; expected fl"),
+    ],
+)
+def test_a_state_in_other_formats_is_refused(made, given, words):
+    weights = jnp.ones((4, 256))
+    first, second = made
+    state = AdamW(0.1, first=first, second=second).init(weights)
+    first, second = given
+    with pytest.raises(ValueError, match=f"^state keeps the {words}"):
+        AdamW(0.1, first=first, second=second).step(weights, state, weights, step=0)
+
+
 @pytest.mark.parametrize("name", ["xla", "host"])
 def test_seed_and_step_choose_the_bits_that_weights_are_rounded_by(name):
     optimizer, weights = AdamW(0.1), jnp.ones((4, 256), jnp.bfloat16)
