@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from jfp4.models.config import LlamaConfig
+from jfp4.models.embedding import look_up
 from jfp4.nn import CalibrationStat, Linear, Prepared, convert
 from jfp4.ops.cross_entropy import cross_entropy, cross_entropy_of_logits
 from jfp4.ops.exchange import spread
@@ -199,14 +200,8 @@ class Llama(nnx.Module):
         # What is no id has NaN, but negative ones would count from the end.
         tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
         tokens = jnp.where(tokens < 0, embed.num_embeddings, tokens)
-        if parts == 1:
-            return embed(tokens)
-        # As with the head, each part of the batch has a gradient of its own until they are summed.
-        table = embed.embedding[...].astype(embed.dtype)
-        tables = constrain(spread(table, parts), "batch", "vocab")
-        found = jax.vmap(lambda table, own: jnp.take(table, own, axis=0))(
-            tables, tokens.reshape(parts, -1, tokens.shape[1])
-        )
+        ids = tokens.reshape(parts, -1, tokens.shape[1])
+        found = look_up(embed.embedding[...], ids, _dtype(self.config))
         return found.reshape(*tokens.shape, -1)
 
     def _logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:

@@ -66,17 +66,23 @@ def _spread(w: Array, parts: int) -> tuple[Array, None]:
 
 
 def _gathered(parts: int, _: None, gradients: Array) -> tuple[Array]:
+    return (sum_of_parts(gradients),)
+
+
+spread.defvjp(_spread, _gathered)
+
+
+def sum_of_parts(gradients: Float[Array, "p *w"]) -> Float[Array, "*w"]:
+    """The sum of the gradients of the parts of a batch, by ``grad_comm``."""
     reduce = reduction()
 
-    def total(part: Part, stack: Array) -> tuple[Array]:
+    def summed(part: Part, stack: Array) -> tuple[Array]:
         own = jnp.sum(stack.astype(jnp.float32), axis=0)
         return (reduce(part, own, "p").astype(stack.dtype),)
 
     axes = " ".join(f"w{i}" for i in range(gradients.ndim - 1))
-    return partition.by_xla(total, gradients, rule=Rule((f"p {axes}",), (axes,), inner=1))
-
-
-spread.defvjp(_spread, _gathered)
+    (found,) = partition.by_xla(summed, gradients, rule=Rule((f"p {axes}",), (axes,), inner=1))
+    return found
 
 
 def _quantized(x: Float32[Array, "... n"]) -> tuple[Any, Float32[Array, "... 1"]]:

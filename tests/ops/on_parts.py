@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jfp4
+from jfp4.models.embedding import look_up
 from jfp4.ops import ffi
 from jfp4.ops.exchange import spread
 from jfp4.ops.outliers import thresholds
@@ -389,6 +390,32 @@ def without_kernels(results, backend):
             )
 
 
+def embedding(results):
+    """The gradient of a bfloat16 table, its rows divided: how far off, in units of what it may be."""
+    mesh, rows, width = make_mesh((2, 2, 2)), 64, 32
+    draw = np.random.default_rng(2)
+    ids = draw.integers(0, 6, (4, 2, 3000))  # so many places that bfloat16 would lose most of them
+    given = draw.integers(1, 9, (*ids.shape, width))
+    sums = np.zeros((rows, width))
+    np.add.at(sums, ids, given.astype(np.float64))
+    table = jnp.asarray(draw.normal(size=(rows, width)), jnp.bfloat16)
+    specs = P(("tensor", "fsdp")), P(BATCH), P(BATCH)
+    operands = table, jnp.asarray(ids), jnp.asarray(given, jnp.bfloat16)
+    places = [NamedSharding(mesh, spec) for spec in specs]
+    put = [jax.device_put(a, place) for a, place in zip(operands, places, strict=True)]
+
+    def gradient(table, ids, dy):
+        return jax.vjp(lambda table: look_up(table, ids, dy.dtype), table)[1](dy)[0]
+
+    # The table's own rounding; one more of each part and on the way; two in E4M3.
+    roundings = {"float32": 2.0**-8, "bfloat16": 4 * 2.0**-8, "fp8": 2.1 * 2.0**-4}
+    for comm, bound in roundings.items():
+        with jax.set_mesh(mesh), jfp4.grad_comm(comm):
+            found = np.asarray(jax.jit(gradient, out_shardings=places[0])(*put), np.float64)
+        results[f"embedding, {comm}"] = float(np.max(np.abs(found - sums)[:6] / sums[:6]) / bound)
+        assert not found[6:].any()
+
+
 def optimizer(results, backend):
     """Steps of AdamW, every kind of bits in it: in how many places each leaf differs."""
     leaves = {
@@ -484,6 +511,7 @@ def main():
     explicit(results, backend)
     exchanged(results, backend)
     without_kernels(results, backend)
+    embedding(results)
     optimizer(results, backend)
     json.dump(results, sys.stdout)
 

@@ -169,6 +169,13 @@ def test_an_optimizer_step_sends_nothing_and_copies_nothing(found, request):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("comm", ["float32", "bfloat16", "fp8"])
+def test_an_embeddings_gradient_is_summed_in_float32(found, comm):
+    # Where it is sent in fewer bits than it is kept in, that shows.
+    assert (0 if comm == "float32" else 0.25) < found[f"embedding, {comm}"] <= 1
+
+
+@pytest.mark.slow
 def test_rows_that_devices_do_not_divide_are_exchanged_too(found):
     assert 2.0**-10 < found["odd rows"] <= 1
 
