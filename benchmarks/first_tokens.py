@@ -204,6 +204,7 @@ def summary(run_dir: Path, run: Run) -> dict[str, Any]:
         "steps": config["steps"],
         "warmup_share": config["optimizer"]["warmup"],
         "rounding": config["optimizer"]["rounding"],
+        "embedding_gradient": "float32",
         "batch_size, seq_len": [config["batch_size"], config["seq_len"]],
         "validations": [
             [line["tokens"], line["valid_loss"]] for line in lines if "valid_loss" in line

@@ -103,7 +103,7 @@ warm-up, cosine to 10%, clipping at a global norm of 1. {study["seeds"]} seeds; 
 initial weights and the same data order in every row. Losses are in nats a token on the whole
 validation split, **with the recipe's own forward** (the FP4 rows are evaluated in FP4, with running
 thresholds and means). On {source["device"]}; {versions}; commit {source["commit"]}.
-
+{report_runs.embedding_sums([loss])}
 The learning rate is BF16's best, found first:
 
 {sweep_table(loss["sweep"])}

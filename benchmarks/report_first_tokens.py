@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.report_runs import ROUNDED
+from benchmarks.report_runs import ROUNDED, embedding_sums
 from benchmarks.timing import markdown
 
 
@@ -54,7 +54,7 @@ Training loss is the mean over the last twentieth of the steps, the highest a me
 validation is on the whole split **with the recipe's own forward**, FP4's in FP4. So few tokens tell
 how runs begin, not how they end: the paper's have 100 billion.
 {shared}jax {jax}; commit {commits}.
-
+{embedding_sums(run for runs in groups.values() for run in runs)}
 {markdown(head, rows)}
 
 {_lessons(groups)}
