@@ -66,7 +66,7 @@ def _rows(x: Array, *, both: bool = False, clamp: bool = False, packed: bool = F
     want: tuple[Layout, ...] = ("packed",) if packed else ("codes",)
     want += ("codes_t",) if both else ()
     outliers = (jnp.asarray(LO), jnp.asarray(HI)) if clamp else None
-    q = ffi.quantize_rows(x, format="e2m1", want=want, outliers=outliers, compensate=clamp)
+    q = ffi.quantize_rows(x, format="e2m1", want=want, outliers=outliers)
     return [part for part in q if part is not None]
 
 

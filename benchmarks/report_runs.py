@@ -10,7 +10,7 @@ ROUNDED = {"nearest": "to nearest", "stochastic": "stochastically"}
 
 
 def embedding_sums(results: Iterable[dict[str, Any]]) -> str:
-    """A paragraph where any of these is of before the embedding's gradient was summed in float32."""
+    """A paragraph, where any is of before the embedding's gradient was summed in float32."""
     if all(result.get("embedding_gradient") == "float32" for result in results):
         return ""
     return """

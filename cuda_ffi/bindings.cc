@@ -2,12 +2,15 @@
 #include <pybind11/pybind11.h>
 
 #include "xla/ffi/api/c_api.h"
+#ifdef JFP4_CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 namespace py = pybind11;
 
 // Operands, results and attributes of the targets as a number: ffi.py asks for the same one, so
 // that a module left over from another version is found out. Raise both when any of them changes.
-constexpr int kInterface = 13;
+constexpr int kInterface = 14;
 
 // Every target, and the name of its handlers less the platform.
 #define JFP4_TARGETS(X)                           \
@@ -49,6 +52,17 @@ py::dict Registrations() {
   return all;
 }
 
+// Versions of CUDA, as 1000 * major + 10 * minor: what the kernels were built with, and what the
+// driver that is here has; 0 without either.
+py::tuple CudaVersions() {
+  int built = 0, driver = 0;
+#ifdef JFP4_CUDA
+  built = CUDART_VERSION;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+#endif
+  return py::make_tuple(built, driver);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -59,4 +73,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("registrations", &Registrations,
         "Capsules of the handlers, {platform: {target: capsule}}; none for CUDA where the module "
         "was built without a CUDA compiler.");
+  m.def(
+      "cuda_versions", &CudaVersions,
+      "CUDA's version that the module was built with and the driver's, 13.1 as 13010; 0 is none.");
 }

@@ -72,7 +72,7 @@ class Checker {
   }
 
   // The first operand's dimension i, less the leading ones.
-  int64_t dim(size_t i) const { return fits_ ? Last(lead_, rank_, i) : 1; }
+  int64_t dim(size_t i) const { return fits_ ? lead_.dimensions()[leading() + i] : 1; }
 
   int64_t batch() const {
     int64_t product = 1;
@@ -84,6 +84,14 @@ class Checker {
   int64_t Last(Buffer buffer, size_t rank, size_t i) const {
     const auto dims = buffer.dimensions();
     return dims.size() == leading() + rank ? dims[leading() + i] : 0;
+  }
+
+  // The same where any size is right, but another number of dimensions is not.
+  int64_t Size(const char* name, Buffer buffer, size_t rank, size_t i) {
+    if (buffer.dimensions().size() != leading() + rank) {
+      Refuse(name, buffer, std::to_string(leading() + rank) + " dimensions");
+    }
+    return Last(buffer, rank, i);
   }
 
   template <typename T>

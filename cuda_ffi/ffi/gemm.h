@@ -44,8 +44,8 @@ inline ffi::ErrorOr<Gemm> GemmCall::Read(Buffer a, Buffer a_scale, Buffer b, Buf
   args.batch = check.batch();
   args.m = check.dim(0);
   args.k = check.dim(1);
-  args.n = check.Last(b, 2, 0);
-  args.rank = check.Last(u, 2, 1);
+  args.n = check.Size("b", b, 2, 0);
+  args.rank = check.Size("u", u, 2, 1);
   args.a_scale_size = check.Last(a_scale, 2, 0) == 1 ? 1 : args.m;
   args.b_scale_size = check.Last(b_scale, 2, 1) == 1 ? 1 : args.n;
   args.a_e5m2 = check.IsE5M2("a", a);

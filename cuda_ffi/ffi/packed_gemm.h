@@ -32,7 +32,7 @@ inline ffi::ErrorOr<PackedGemm> PackedGemmCall::Read(Buffer a, Buffer a_scale, B
   const int64_t bytes = check.dim(1);
   args.batch = check.batch();
   args.m = check.dim(0);
-  args.n = check.Last(b, 2, 0);
+  args.n = check.Size("b", b, 2, 0);
   args.k = 2 * bytes;
   args.a_scale_size = check.Last(a_scale, 2, 0) == 1 ? 1 : args.m;
   args.b_scale_size = check.Last(b_scale, 2, 1) == 1 ? 1 : args.n;

@@ -21,13 +21,12 @@ struct QuantizeRowsCall {
         .template Ret<Buffer>()  // codes_t: [..., k, m], or absent
         .template Ret<Buffer>()  // packed: u8 [..., m, ceil(k / 2)], or absent
         .template Ret<Buffer>()  // scale: f32 [..., m, 1]
-        .template Attr<int32_t>("format")
-        .template Attr<bool>("compensate");
+        .template Attr<int32_t>("format");
   }
 
   static ffi::ErrorOr<QuantizeRows> Read(Buffer x, Buffer lo, Buffer hi, Buffer amax_floor,
                                          Output codes, Output codes_t, Output packed, Output scale,
-                                         int32_t format, bool compensate);
+                                         int32_t format);
 };
 
 struct QuantizeColumnsCall {
@@ -46,14 +45,12 @@ struct QuantizeColumnsCall {
         .template Ret<Buffer>()  // packed_t: u8 [..., n, ceil(k / 2)], or absent
         .template Ret<Buffer>()  // scale: f32 [..., 1, n]
         .template Ret<Buffer>()  // amax: f32 [..., n], scratch
-        .template Attr<int32_t>("format")
-        .template Attr<bool>("compensate");
+        .template Attr<int32_t>("format");
   }
 
   static ffi::ErrorOr<QuantizeColumns> Read(Buffer x, Buffer lo, Buffer hi, Buffer amax_floor,
                                             Output codes, Output codes_t, Output packed_t,
-                                            Output scale, Output amax, int32_t format,
-                                            bool compensate);
+                                            Output scale, Output amax, int32_t format);
 };
 
 struct GradientAmaxCall {
@@ -100,46 +97,43 @@ struct QuantizeGradientCall {
                                              int32_t format);
 };
 
-inline Outliers CheckOutliers(Checker& check, Buffer lo, Buffer hi, Format format,
-                              bool compensate) {
+inline Outliers CheckOutliers(Checker& check, Buffer lo, Buffer hi, Format format) {
   Outliers outliers;
   outliers.lo = check.TakeIfPresent<float>("lo", lo, ffi::F32, 1);
   outliers.hi = check.TakeIfPresent<float>("hi", hi, ffi::F32, 1);
-  outliers.compensate = compensate;
   if ((outliers.lo == nullptr) != (outliers.hi == nullptr)) {
     check.Refuse("lo is " + Describe(lo) + " and hi " + Describe(hi) +
                  "; expected both or neither to be present");
   }
-  if (compensate && (outliers.lo == nullptr || format >= Format::kE4M3)) {
-    check.Refuse("compensate is set; expected lo and hi, and a 4-bit format");
+  if (outliers.lo != nullptr && format >= Format::kE4M3) {
+    check.Refuse("lo and hi are present; expected neither, or a 4-bit format");
   }
   return outliers;
 }
 
 inline void CheckPacked(Checker& check, const char* name, const uint8_t* packed, Format format,
-                        bool compensate) {
-  if (packed == nullptr || (format == Format::kE2M1 && !compensate)) return;
-  check.Refuse(std::string(name) + " is present; expected format E2M1 without compensation");
+                        const Outliers& outliers) {
+  if (packed == nullptr || (format == Format::kE2M1 && outliers.lo == nullptr)) return;
+  check.Refuse(std::string(name) + " is present; expected format E2M1 without lo and hi");
 }
 
 inline ffi::ErrorOr<QuantizeRows> QuantizeRowsCall::Read(Buffer x, Buffer lo, Buffer hi,
                                                          Buffer amax_floor, Output codes,
                                                          Output codes_t, Output packed,
-                                                         Output scale, int32_t format,
-                                                         bool compensate) {
+                                                         Output scale, int32_t format) {
   Checker check("x", x, 2);
   const int64_t m = check.dim(0), k = check.dim(1);
   QuantizeRows args{};
   args.in = {x.untyped_data(), check.FloatType("x", x), check.batch(), m, k};
   args.format = CheckFormat(check, format);
-  args.outliers = CheckOutliers(check, lo, hi, args.format, compensate);
+  args.outliers = CheckOutliers(check, lo, hi, args.format);
   const ffi::DataType type = CodeType(args.format);
   args.codes = check.TakeIfPresent<uint8_t>("codes", *codes, type, m, k);
   args.codes_t = check.TakeIfPresent<uint8_t>("codes_t", *codes_t, type, k, m);
   args.packed = check.TakeIfPresent<uint8_t>("packed", *packed, ffi::U8, m, (k + 1) / 2);
   args.scale = check.Take<float>("scale", *scale, ffi::F32, {m, 1});
   args.amax_floor = check.TakeIfPresent<float>("amax_floor", amax_floor, ffi::F32, m);
-  CheckPacked(check, "packed", args.packed, args.format, compensate);
+  CheckPacked(check, "packed", args.packed, args.format, args.outliers);
   return check.Finish(args);
 }
 
@@ -147,13 +141,13 @@ inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer 
                                                                Buffer amax_floor, Output codes,
                                                                Output codes_t, Output packed_t,
                                                                Output scale, Output amax,
-                                                               int32_t format, bool compensate) {
+                                                               int32_t format) {
   Checker check("x", x, 2);
   const int64_t k = check.dim(0), n = check.dim(1);
   QuantizeColumns args{};
   args.in = {x.untyped_data(), check.FloatType("x", x), check.batch(), k, n};
   args.format = CheckFormat(check, format);
-  args.outliers = CheckOutliers(check, lo, hi, args.format, compensate);
+  args.outliers = CheckOutliers(check, lo, hi, args.format);
   const ffi::DataType type = CodeType(args.format);
   args.codes = check.TakeIfPresent<uint8_t>("codes", *codes, type, k, n);
   args.codes_t = check.TakeIfPresent<uint8_t>("codes_t", *codes_t, type, n, k);
@@ -161,7 +155,7 @@ inline ffi::ErrorOr<QuantizeColumns> QuantizeColumnsCall::Read(Buffer x, Buffer 
   args.scale = check.Take<float>("scale", *scale, ffi::F32, {1, n});
   args.amax = check.Take<float>("amax", *amax, ffi::F32, {n});
   args.amax_floor = check.TakeIfPresent<float>("amax_floor", amax_floor, ffi::F32, n);
-  CheckPacked(check, "packed_t", args.packed_t, args.format, compensate);
+  CheckPacked(check, "packed_t", args.packed_t, args.format, args.outliers);
   return check.Finish(args);
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 
@@ -12,7 +13,8 @@
 namespace jfp4::host {
 
 // Calls work(i) for every i from 0 to count - 1, on this thread and on the pool's. Returns when all
-// are done. This thread takes items as the others do, so that nothing waits for a busy pool.
+// are done, or throws the first exception that one has thrown. This thread takes items as the
+// others do, so that nothing waits for a busy pool.
 template <typename Work>
 void ParallelFor(xla::ffi::ThreadPool pool, int64_t count, const Work& work) {
   struct State {
@@ -20,15 +22,24 @@ void ParallelFor(xla::ffi::ThreadPool pool, int64_t count, const Work& work) {
     std::mutex mutex;
     std::condition_variable all_done;
     int64_t done = 0;
+    std::exception_ptr error;
   };
   // Shared, since a helper may start only when all is done; it touches `work` only if there is an
   // item left, for which this thread waits.
   const auto state = std::make_shared<State>();
   const auto run = [state, count, &work] {
     int64_t items = 0;
-    for (int64_t i; (i = state->next.fetch_add(1)) < count; ++items) work(i);
+    std::exception_ptr error;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; ++items) {
+      try {
+        work(i);
+      } catch (...) {  // others still have the caller's variables: the item counts as done
+        if (!error) error = std::current_exception();
+      }
+    }
     if (items == 0) return;
     const std::lock_guard<std::mutex> lock(state->mutex);
+    if (!state->error) state->error = error;
     state->done += items;
     if (state->done == count) state->all_done.notify_all();
   };
@@ -37,6 +48,7 @@ void ParallelFor(xla::ffi::ThreadPool pool, int64_t count, const Work& work) {
   run();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == count; });
+  if (state->error) std::rethrow_exception(state->error);
 }
 
 }  // namespace jfp4::host

@@ -27,7 +27,7 @@ struct Source {
   Format format;
   const float* col_factor = nullptr;
   const float* row_factor = nullptr;
-  bool clamps = false, compensates = false;
+  bool clamps = false;  // and compensates
   float lo = 0, hi = 0;
 
   // Elements [row, col .. col + count): those that are scaled and, if clamped, what they were.
@@ -71,7 +71,6 @@ Source MakeSource(const QuantizeInput& in, Format format, int64_t batch) {
 
 void Clamp(const Outliers& outliers, int64_t batch, Source& source) {
   source.clamps = outliers.lo != nullptr;
-  source.compensates = outliers.compensate;
   if (!source.clamps) return;
   source.lo = Flush(outliers.lo[batch]);
   source.hi = Flush(outliers.hi[batch]);
@@ -125,7 +124,7 @@ JFP4_INLINE void RoundBody(const Source& s, const Block& block, bool by_row, con
     s.Read(block.row + r, block.col, cols, v, wholes);
     if (by_row) std::fill_n(factor, cols, inverse[block.row + r]);
     uint8_t* out = tile + r * kTile;
-    if (s.compensates) {
+    if (s.clamps) {
       for (int64_t c = 0; c < cols; ++c) {
         const float scaled = Flush(v[c] * factor[c]);
         const float outlier = Flush(Flush(wholes[c] * factor[c]) - scaled);

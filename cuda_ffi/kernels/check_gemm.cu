@@ -2,8 +2,7 @@
 // bit, for E2M1 codes; times the slope, to within its error. Small enough for compute-sanitizer.
 // Exit status 1 on a mismatch.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I.
-//       cuda_ffi/kernels/{check_gemm,gemm,hopper}.cu -o check_gemm
+//   cmake -S . -B build && cmake --build build --target check_gemm
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>

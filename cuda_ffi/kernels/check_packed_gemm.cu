@@ -3,8 +3,7 @@
 // argument `bench`, measures how fast b is read, from memory rather than from L2; with `large`,
 // also checks the shapes that are measured.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I.
-//       cuda_ffi/kernels/{check_packed_gemm,packed_gemm,hopper}.cu -o check_packed_gemm
+//   cmake -S . -B build && cmake --build build --target check_packed_gemm
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -1,12 +1,10 @@
 // Checks every byte that the quantising kernels write against plain C++ on the host, and times
 // them.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. -Xcompiler -ffp-contract=off
-//       cuda_ffi/kernels/{check_quantize,hopper,thresholds}.cu
-//       cuda_ffi/kernels/quantize_{rows,columns,gradient,any}.cu -o check_quantize
-//   ./check_quantize          # correctness; small enough for compute-sanitizer
-//   ./check_quantize REGEX    # of the groups so named, which racecheck does not take all at once
-//   ./check_quantize bench    # times
+//   cmake -S . -B build && cmake --build build --target check_quantize
+//   build/check_quantize          # correctness; small enough for compute-sanitizer
+//   build/check_quantize REGEX    # of the groups so named: racecheck does not take all at once
+//   build/check_quantize bench    # times
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -43,7 +41,6 @@ constexpr Format kFormats[] = {Format::kE2M1,   Format::kE1M2, Format::kE3M0,
                                Format::kE2M1B3, Format::kE4M3, Format::kE5M2};
 const char* const kTypeNames[] = {"bf16", "f16", "f32"};
 const char* const kFormatNames[] = {"e2m1", "e1m2", "e3m0", "e2m1b3", "e4m3", "e5m2"};
-const char* const kClipNames[] = {"", " clamp", " compensate"};
 
 const char* Name(DType type) { return kTypeNames[static_cast<int>(type)]; }
 const char* Name(Format format) { return kFormatNames[static_cast<int>(format)]; }
@@ -113,7 +110,6 @@ float Flush(float v) { return std::fabs(v) < std::ldexp(1.0f, -126) ? 0.0f : v; 
 struct Clipping {
   const float* lo = nullptr;
   const float* hi = nullptr;
-  bool compensate = false;
 };
 
 // The larger and the smaller of two numbers, -0 being less than +0.
@@ -144,8 +140,8 @@ void QuantizeSlice(const float* x, int64_t n, int64_t stride, Format format, con
     uint8_t& code = codes[i * stride];
     code = 0;
     if (std::isnan(*scale)) continue;
-    if (!clip.compensate) {
-      const float v = Clip(x[i * stride], clip) * inverse;
+    if (clip.lo == nullptr) {
+      const float v = x[i * stride] * inverse;
       code = Byte(Round(v, format), std::signbit(v), format);
       continue;
     }
@@ -160,13 +156,12 @@ void QuantizeSlice(const float* x, int64_t n, int64_t stride, Format format, con
 
 // [rows, cols] at a time; a scale a row or a column. No floors are zeros.
 void Quantize(const Floats& x, int64_t batch, int64_t rows, int64_t cols, bool by_row,
-              Format format, const Floats& lo, const Floats& hi, bool compensate,
-              const Floats& floors, Bytes* codes, Floats* scale) {
+              Format format, const Floats& lo, const Floats& hi, const Floats& floors, Bytes* codes,
+              Floats* scale) {
   codes->assign(batch * rows * cols, 0);
   scale->assign(batch * (by_row ? rows : cols), 0);
   for (int64_t b = 0; b < batch; ++b) {
-    const Clipping clip = {lo.empty() ? nullptr : &lo[b], hi.empty() ? nullptr : &hi[b],
-                           compensate};
+    const Clipping clip = {lo.empty() ? nullptr : &lo[b], hi.empty() ? nullptr : &hi[b]};
     const float* from = x.data() + b * rows * cols;
     uint8_t* to = codes->data() + b * rows * cols;
     const int64_t slices = by_row ? rows : cols;
@@ -436,11 +431,11 @@ Floats MakeFloors(int64_t count, int kind) {
 struct Setting {
   DType type;
   Format format;
-  int clip;  // none, clamp, compensate
+  bool clips;  // and compensates
 };
 
 std::string Text(const Setting& s) {
-  return std::string(Name(s.type)) + " " + Name(s.format) + kClipNames[s.clip];
+  return std::string(Name(s.type)) + " " + Name(s.format) + (s.clips ? " compensate" : "");
 }
 
 // Codes and scales of one axis, compared in every combination of outputs.
@@ -454,14 +449,13 @@ void CheckRowsOrColumns(Group* group, const Setting& s, const Shape& shape, bool
   }
   const Tensor x = Store(values, s.type);
   Floats lo, hi;
-  if (s.clip > 0) MakeLimits(batch, kind, &lo, &hi);
+  if (s.clips) MakeLimits(batch, kind, &lo, &hi);
   Bytes codes;
   Floats scale;
   const Floats floors = MakeFloors(batch * (by_row ? rows : cols), kind);
-  Quantize(x.values, batch, rows, cols, by_row, s.format, lo, hi, s.clip == 2, floors, &codes,
-           &scale);
+  Quantize(x.values, batch, rows, cols, by_row, s.format, lo, hi, floors, &codes, &scale);
   const Bytes codes_t = Transpose(codes, batch, rows, cols);
-  const bool packs = s.format == Format::kE2M1 && s.clip < 2;
+  const bool packs = s.format == Format::kE2M1 && !s.clips;
   const Bytes packed = !packs   ? Bytes()
                        : by_row ? Pack(codes, batch * rows, cols)
                                 : Pack(codes_t, batch * cols, rows);
@@ -471,7 +465,7 @@ void CheckRowsOrColumns(Group* group, const Setting& s, const Shape& shape, bool
   const float* const amax_floor = floors.empty() ? nullptr : floors_buffer.As<float>();
   const QuantizeInput in = {x_buffer.As<void>(), s.type, batch, rows, cols};
   Outliers outliers;
-  if (s.clip > 0) outliers = {lo_buffer.As<float>(), hi_buffer.As<float>(), s.clip == 2};
+  if (s.clips) outliers = {lo_buffer.As<float>(), hi_buffer.As<float>()};
   for (int outputs = 0; outputs < (packs ? 8 : 4); ++outputs) {
     const Buffer codes_buffer(codes.size(), aligned), codes_t_buffer(codes_t.size(), aligned);
     const Buffer packed_buffer(packed.size(), aligned), scale_buffer(scale.size() * 4);
@@ -526,10 +520,8 @@ void CheckGradient(Group* group, const Setting& s, const Shape& shape, int kind,
   // Of the rows, of the columns, of both, of neither.
   const Floats row_floors = MakeFloors(batch * rows, kind),
                col_floors = MakeFloors(batch * cols, kind / 2);
-  Quantize(by_row, batch, rows, cols, true, s.format, {}, {}, false, row_floors, &codes,
-           &row_scale);
-  Quantize(by_col, batch, rows, cols, false, s.format, {}, {}, false, col_floors, &col_codes,
-           &col_scale);
+  Quantize(by_row, batch, rows, cols, true, s.format, {}, {}, row_floors, &codes, &row_scale);
+  Quantize(by_col, batch, rows, cols, false, s.format, {}, {}, col_floors, &col_codes, &col_scale);
   const Bytes codes_t = Transpose(col_codes, batch, rows, cols);
 
   const Buffer x_buffer(x.stored, aligned);
@@ -593,11 +585,11 @@ void CheckFlushEdge() {
     x[0] = 6 * r;
     Bytes codes;
     Floats scale;
-    Quantize(x, 1, 1, 64, true, Format::kE2M1, {lo}, {1e30f}, true, {}, &codes, &scale);
+    Quantize(x, 1, 1, 64, true, Format::kE2M1, {lo}, {1e30f}, {}, &codes, &scale);
     const Buffer x_buffer(BytesOf(x)), lo_buffer(BytesOf({lo})), hi_buffer(BytesOf({1e30f}));
     const Buffer codes_buffer(64), scale_buffer(4);
     Check(LaunchQuantizeRows({{x_buffer.As<void>(), DType::kF32, 1, 1, 64},
-                              {lo_buffer.As<float>(), hi_buffer.As<float>(), true},
+                              {lo_buffer.As<float>(), hi_buffer.As<float>()},
                               Format::kE2M1,
                               codes_buffer.As<uint8_t>(),
                               nullptr,
@@ -691,12 +683,11 @@ int RunChecks(const std::string& pattern) {
   if (chosen("flush at the edge")) CheckFlushEdge();
   for (const DType type : kTypes) {
     for (const Format format : kFormats) {
-      for (int clip = 0; clip < 3; ++clip) {
-        const Setting s = {type, format, clip};
-        if (!chosen(Text(s))) continue;
+      for (const bool clips : {false, true}) {
+        const Setting s = {type, format, clips};
+        if ((clips && format >= Format::kE4M3) || !chosen(Text(s))) continue;
         // The large shapes once a kernel: what depends on the format does not on the shape.
-        const bool large =
-            format == Format::kE2M1 && (type == DType::kBF16 ? clip != 1 : clip == 0);
+        const bool large = format == Format::kE2M1 && (type == DType::kBF16 || !clips);
         std::vector<Shape> shapes = SmallShapes();
         if (large) {
           for (const Shape& shape : LargeShapes()) shapes.push_back(shape);
@@ -707,7 +698,7 @@ int RunChecks(const std::string& pattern) {
           CheckRowsOrColumns(&group, s, shapes[i], false, i, rng);
         }
       }
-      const std::string name = "gradient " + Text(Setting{type, format, 0});
+      const std::string name = "gradient " + Text(Setting{type, format, false});
       if (!chosen(name)) continue;
       Group group(name);
       std::vector<Shape> shapes = SmallShapes();
@@ -715,7 +706,7 @@ int RunChecks(const std::string& pattern) {
         for (const Shape& shape : LargeShapes()) shapes.push_back(shape);
       }
       for (size_t i = 0; i < shapes.size(); ++i) {
-        CheckGradient(&group, {type, format, 0}, shapes[i], i, rng);
+        CheckGradient(&group, {type, format, false}, shapes[i], i, rng);
       }
     }
   }
@@ -834,7 +825,7 @@ void RunBench() {
           bench.Run(name, DType::kBF16, m, k, m * k * (both ? 2 : 1),
                     [&](const QuantizeInput& in, uint8_t* out) {
                       Outliers outliers;
-                      if (clips) outliers = {lo, lo + 1, true};
+                      if (clips) outliers = {lo, lo + 1};
                       return LaunchQuantizeRows(
                           {in, outliers, Format::kE2M1, out, both ? out + m * k : nullptr, nullptr,
                            tail(out, 2 * m * k)},

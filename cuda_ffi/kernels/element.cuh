@@ -138,7 +138,7 @@ __device__ __forceinline__ float LoadElement(const void* x, DType type, int64_t 
 
 // --- clipping ---
 
-enum class Clip { kNone, kClamp, kCompensate };
+enum class Clip { kNone, kCompensate };
 
 // Of elements, or, times the reciprocal of a scale, of elements times that.
 struct Limits {

@@ -313,11 +313,9 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   ClusterSync();
 }
 
-int OutBytes(DType type) { return type == DType::kF32 ? 4 : 2; }
-
 // Whether y's rows are multiples of 16 bytes, as the copy engine wants them.
 bool HasBulkRows(const Gemm& g) {
-  return g.n * OutBytes(g.out_type) % 16 == 0 && reinterpret_cast<uintptr_t>(g.y) % 16 == 0;
+  return g.n * ElementBytes(g.out_type) % 16 == 0 && reinterpret_cast<uintptr_t>(g.y) % 16 == 0;
 }
 
 template <int kBlockN, bool kAE5M2, bool kBE5M2, bool kPromote, bool kSlope>
@@ -355,7 +353,7 @@ cudaError_t Launch(const Gemm& g, int full_cols, int clusters, cudaStream_t stre
     const CUtensorMapDataType type = g.out_type == DType::kBF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                      : g.out_type == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-    const int bytes = OutBytes(g.out_type);
+    const int bytes = ElementBytes(g.out_type);
     status = MakeTensorMap(&y_map, type, bytes, g.y, g.batch, g.m, g.n, kWgmmaM, 128 / bytes,
                            CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
@@ -383,8 +381,6 @@ struct Tiling {
 
   bool operator<(const Tiling& other) const { return cost < other.cost; }
 };
-
-int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // When the last of the clusters ends, if each takes the next tile as soon as it has done one: first
 // those of the kernel's width, then the narrow ones.
@@ -425,7 +421,7 @@ Tiling Divide(const Gemm& g, int clusters, int full_cols) {
 
 template <int kBlockN>
 Tiling Uniform(const Gemm& g, int clusters) {
-  return Divide<kBlockN>(g, clusters, CeilDiv(g.n, kBlockN));
+  return Divide<kBlockN>(g, clusters, static_cast<int>(CeilDiv(g.n, kBlockN)));
 }
 
 Tiling Choose(const Gemm& g, int clusters) {

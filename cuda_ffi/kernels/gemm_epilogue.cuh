@@ -143,7 +143,7 @@ template <DType kType, bool kAligned, int kCols, int kHalves, int kSums>
 __device__ __forceinline__ void MultiplyBySlope(const Params& p, int batch, int row, int col,
                                                 float (&sums)[kHalves][kSums]) {
   constexpr int kRows = 2 * kHalves;
-  // Pairs of a row that are loaded together, as far as there are registers.
+  // Pairs of a row that are loaded together. Of the sums, some wait in local memory meanwhile.
   constexpr int kInFlight = kType == DType::kF32 ? 4 : 8;
   static_assert(kCols / 8 % kInFlight == 0);
   const Slope& slope = p.slope;

@@ -1,6 +1,27 @@
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "cuda_ffi/kernels/hopper.cuh"
 
 namespace jfp4 {
+
+cudaError_t ClustersAtOnce(const void* kernel, const cudaLaunchConfig_t& config, int* clusters) {
+  int device;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, unsigned, size_t, unsigned>, int> known;
+  const std::tuple key(device, kernel, config.blockDim.x, config.dynamicSmemBytes,
+                       config.attrs->val.clusterDim.x);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) {
+    *clusters = found->second;
+    return cudaSuccess;
+  }
+  const cudaError_t status = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  if (status == cudaSuccess) known.emplace(key, *clusters);
+  return status;
+}
 
 cudaError_t MakeTensorMap(CUtensorMap* map, CUtensorMapDataType type, int element_bytes,
                           const void* data, int64_t batch, int64_t rows, int64_t cols, int box_rows,

@@ -199,6 +199,21 @@ __device__ __forceinline__ uint64_t WgmmaDescriptor(const void* p) {
 
 // --- host side ---
 
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Launches clusters of so many blocks.
+inline cudaLaunchAttribute ClusterOf(int blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = blocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+// How many of a launch's clusters run at once on this device; there may be room for none. The
+// driver takes a while to say so: what it said is kept.
+cudaError_t ClustersAtOnce(const void* kernel, const cudaLaunchConfig_t& config, int* clusters);
+
 // A map of a contiguous [batch, rows, cols] tensor for boxes of [1, box_rows, box_cols]. Elements
 // past an edge read as zero and are not stored. `promotion` is how much L2 fetches at once. Returns
 // an error if the driver refuses the geometry.

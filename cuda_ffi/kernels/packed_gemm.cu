@@ -15,10 +15,10 @@
 // rows read each other's sums of their share of the tokens, and finish y in registers. The sums are
 // exact, so that neither their number nor their order shows in y.
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <type_traits>
 
+#include "cuda_ffi/kernels/element.cuh"
 #include "cuda_ffi/kernels/hopper.cuh"
 #include "cuda_ffi/kernels/packed_codes.cuh"
 #include "cuda_ffi/kernels/packed_epilogue.cuh"
@@ -272,24 +272,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-cudaLaunchAttribute ClusterOf(int blocks) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return attribute;
-}
-
-// How many clusters of so many blocks run at once. The driver takes a while to say so: what it said
-// of a device is kept.
+// How many clusters of so many blocks run at once.
 template <int kTokens>
-cudaError_t ClustersAtOnce(int split, int* clusters) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices][kMaxSplit + 1];
-  int device;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  if (device < kDevices && (*clusters = known[device][split]) != 0) return cudaSuccess;
+cudaError_t ClustersOf(int split, int* clusters) {
   cudaLaunchAttribute cluster = ClusterOf(split);
   cudaLaunchConfig_t config{};
   config.gridDim = split;
@@ -297,17 +282,14 @@ cudaError_t ClustersAtOnce(int split, int* clusters) {
   config.dynamicSmemBytes = sizeof(Shared<kTokens>);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  status = cudaOccupancyMaxActiveClusters(clusters, PackedGemmKernel<kTokens>, &config);
-  if (status == cudaSuccess && device < kDevices) known[device][split] = *clusters;
-  return status;
+  return ClustersAtOnce(reinterpret_cast<const void*>(&PackedGemmKernel<kTokens>), config,
+                        clusters);
 }
 
 // How y is divided: rows of b a tile, and blocks that share a tile's k.
 struct Plan {
   int rows, split;
 };
-
-int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Microseconds that a multiprocessor takes for a block, fitted to products of every split of 1, 16
 // and 64 tokens on a GPU that reads 3.0 TB/s. With 1.4 times that, bytes of b cost less, and since
@@ -321,27 +303,27 @@ double BlockCost(int64_t steps, int64_t rows, int split) {
   constexpr double kGroup = 96e-3;       // a step of a wgmma's rows, however few of them count
   constexpr double kExchange = 33.7e-6;  // a byte of sums that other blocks have or want
   const double step =
-      kStageRowBytes * (kByteOfB * rows + kByteOfA * kTokens) + kGroup * DivideUp(rows, kWgmmaRows);
+      kStageRowBytes * (kByteOfB * rows + kByteOfA * kTokens) + kGroup * CeilDiv(rows, kWgmmaRows);
   return kBlock + steps * step + kExchange * sizeof(float) * rows * kTokens * (split - 1) / split;
 }
 
 // The plan that is done first.
 template <int kTokens>
 cudaError_t Choose(const PackedGemm& g, Plan* best) {
-  const int64_t bands = g.batch * DivideUp(g.m, kTokens);
-  const int64_t stages = DivideUp(g.k, kStageK);
+  const int64_t bands = g.batch * CeilDiv(g.m, kTokens);
+  const int64_t stages = CeilDiv(g.k, kStageK);
   *best = {kMaxRows, 1};
   double least = 1e300;
   for (int split = 1; split <= std::min<int64_t>(kMaxSplit, stages); split *= 2) {
     int clusters;
-    const cudaError_t status = ClustersAtOnce<kTokens>(split, &clusters);
+    const cudaError_t status = ClustersOf<kTokens>(split, &clusters);
     if (status != cudaSuccess) return status;
     if (clusters == 0) continue;
-    const int64_t waves = DivideUp(bands * DivideUp(g.n, kMaxRows), clusters);
+    const int64_t waves = CeilDiv(bands * CeilDiv(g.n, kMaxRows), clusters);
     const int64_t n_tiles = std::max<int64_t>(1, clusters * waves / bands);
-    const int64_t rows = DivideUp(DivideUp(g.n, n_tiles), kSwizzleRows) * kSwizzleRows;
+    const int64_t rows = CeilDiv(CeilDiv(g.n, n_tiles), kSwizzleRows) * kSwizzleRows;
     if (rows > kMaxRows) continue;
-    const double cost = waves * BlockCost<kTokens>(DivideUp(stages, split), rows, split);
+    const double cost = waves * BlockCost<kTokens>(CeilDiv(stages, split), rows, split);
     if (cost < least) {
       least = cost;
       *best = {static_cast<int>(rows), split};
@@ -400,12 +382,12 @@ cudaError_t Launch(const PackedGemm& g, cudaStream_t stream) {
                            CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
     if (status != cudaSuccess) return status;
   }
-  const int64_t m_tiles = DivideUp(g.m, kTokens), n_tiles = DivideUp(g.n, plan.rows);
-  const int row_groups = static_cast<int>(DivideUp(plan.rows, kWgmmaRows));
+  const int64_t m_tiles = CeilDiv(g.m, kTokens), n_tiles = CeilDiv(g.n, plan.rows);
+  const int row_groups = static_cast<int>(CeilDiv(plan.rows, kWgmmaRows));
   const int sharers = std::min(kMaxSharers, kConsumers / row_groups);
   const Rings rings = Divide<kTokens>(plan.rows, sharers);
-  const int width = g.out_type == DType::kF32 ? 4 : 2;
-  const int64_t stages = DivideUp(g.k, kStageK);
+  const int width = ElementBytes(g.out_type);
+  const int64_t stages = CeilDiv(g.k, kStageK);
   const Params p{static_cast<int>(g.batch),
                  static_cast<int>(g.m),
                  static_cast<int>(g.n),

@@ -328,34 +328,22 @@ cudaError_t WithFormat(Format format, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-inline Clip ClipOf(const Outliers& outliers) {
-  if (outliers.compensate) return Clip::kCompensate;
-  return outliers.lo == nullptr && outliers.hi == nullptr ? Clip::kNone : Clip::kClamp;
-}
-
-// Eight-bit formats clip nothing in the kernels that are compiled for them: see HasFastKernel.
 template <typename F>
 cudaError_t WithAll(DType type, Format format, const Outliers& outliers, F&& f) {
   return WithType(type, [&](auto t) {
     return WithFormat(format, [&](auto q) {
       if constexpr (IsFourBit(q())) {
-        if (outliers.compensate) return f(t, q, ClipConstant<Clip::kCompensate>());
-        if (ClipOf(outliers) == Clip::kClamp) return f(t, q, ClipConstant<Clip::kClamp>());
+        if (outliers.lo != nullptr) return f(t, q, ClipConstant<Clip::kCompensate>());
       }
       return f(t, q, ClipConstant<Clip::kNone>());
     });
   });
 }
 
-inline bool HasFastKernel(Format format, const Outliers& outliers) {
-  return IsFourBit(format) || ClipOf(outliers) == Clip::kNone;
-}
-
 inline bool IsAligned(const void* p, int bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
-inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
 // Whether rows of the input are whole vectors, and those of its codes whole words to match.

@@ -20,17 +20,16 @@ struct QuantizeInput {
   int64_t batch, rows, cols;
 };
 
-// Outlier clamp and compensation: one pair of thresholds a matrix, [batch]; null clamps nothing.
-// With `compensate`, what was clamped off is added to the code in units of the scale and the sum is
-// rounded to E4M3, saturating.
+// Outlier clamp and compensation: one pair of thresholds a matrix, [batch]. What was clamped off is
+// added to the code in units of the scale and the sum is rounded to E4M3, saturating, so the format
+// is one of four bits. Null clamps nothing.
 struct Outliers {
   const float* lo = nullptr;
   const float* hi = nullptr;
-  bool compensate = false;
 };
 
 // One scale a row. `packed`, [batch, rows, ceil(cols / 2)], holds E2M1 nibbles, the earlier in the
-// low one; it needs Format::kE2M1 without compensation. Scale is [batch, rows].
+// low one; it needs Format::kE2M1 without outliers. Scale is [batch, rows].
 struct QuantizeRows {
   QuantizeInput in;
   Outliers outliers;
@@ -73,7 +72,8 @@ struct GradientAmax {
 cudaError_t LaunchGradientAmax(const GradientAmax& args, cudaStream_t stream);
 
 // The gradient's codes, of a scale a row, and transposed of one a column, which these magnitudes
-// give: of a part of a gradient, the whole's.
+// give: of a part of a gradient, the whole's. They must not be less than its own: 4-bit codes do
+// not saturate.
 struct QuantizeGradient {
   QuantizeInput in;
   Format format;

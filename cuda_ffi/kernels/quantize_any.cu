@@ -22,12 +22,12 @@ __device__ __forceinline__ uint8_t CodeByte(const Outliers& outliers, float x, f
                                             const Limits& limits) {
   if (isnan(scale)) return 0;
   const float inverse = __frcp_rn(scale);
-  if (outliers.compensate) {
+  if (outliers.lo != nullptr) {
     return ToBytes<Carrier(kFormat, Clip::kCompensate)>(
         Code<kFormat, Clip::kCompensate>(x, inverse, limits), 0, 0, 0);
   }
-  return ToBytes<Carrier(kFormat, Clip::kClamp)>(Code<kFormat, Clip::kClamp>(x, inverse, limits), 0,
-                                                 0, 0);
+  return ToBytes<Carrier(kFormat, Clip::kNone)>(Code<kFormat, Clip::kNone>(x, inverse, limits), 0,
+                                                0, 0);
 }
 
 __device__ __forceinline__ uint8_t AnyCodeByte(const Any& args, float x, float scale,

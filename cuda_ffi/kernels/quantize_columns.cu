@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 int64_t StripsOf(const QuantizeInput& in) { return in.batch * CeilDiv(in.cols, kPieceCols); }
 
 template <DType kType, Format kFormat, Clip kClip>
-cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
+cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream, bool* launched) {
   constexpr CUtensorMapDataType kMapType = kType == DType::kBF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                            : kType == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
@@ -318,10 +318,7 @@ cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
                                SharedBytes(kMaxPieces));
   if (error != cudaSuccess) return error;
 
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute cluster = ClusterOf(kCluster);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(StripsOf(in) * kCluster));
   config.blockDim = dim3(warps * kWarp);
@@ -333,15 +330,18 @@ cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
   // to, for a cluster has all of its blocks within one of their groups: a cluster too many would
   // take all its strips when the others are done with theirs.
   int clusters;
-  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (error != cudaSuccess) return error;
+  error = ClustersAtOnce(reinterpret_cast<const void*>(kernel), config, &clusters);
+  if (error != cudaSuccess || clusters == 0) return error;
+  *launched = true;
   config.gridDim.x = std::min<int64_t>(clusters, StripsOf(in)) * kCluster;
   return cudaLaunchKernelEx(&config, kernel, map, args, slots);
 }
 
-cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
+// `launched` becomes whether a device, or the part of one that there is, has room for a cluster.
+cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream, bool* launched) {
+  *launched = false;
   return WithAll(args.in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
-    return LaunchStrips<type(), format(), clip()>(args, stream);
+    return LaunchStrips<type(), format(), clip()>(args, stream, launched);
   });
 }
 
@@ -356,10 +356,11 @@ bool HasCoordinates(const QuantizeInput& in) {
 cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
   if (in.batch == 0) return cudaSuccess;
-  if (HasFastKernel(args.format, args.outliers) && HasVectors(in, args.codes, nullptr) &&
-      HasGroups(in, args.codes_t, args.packed_t) && HasCoordinates(in) &&
-      IsAligned(args.amax, alignof(TileCounter))) {
-    return LaunchStrips(args, stream);
+  if (HasVectors(in, args.codes, nullptr) && HasGroups(in, args.codes_t, args.packed_t) &&
+      HasCoordinates(in) && IsAligned(args.amax, alignof(TileCounter))) {
+    bool launched;
+    const cudaError_t error = LaunchStrips(args, stream, &launched);
+    if (error != cudaSuccess || launched) return error;
   }
   Any any = {in, args.outliers, args.format};
   any.col_scale = args.scale;

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       EncodeVector<kType, kFormat, kClip>(held[i], scaling, scaled_limits, words);
       StoreBytes(args.codes + at, words);
     }
-    if constexpr (kFormat == Format::kE2M1 && kClip != Clip::kCompensate) {
+    if constexpr (kFormat == Format::kE2M1 && kClip == Clip::kNone) {
       if (args.packed == nullptr) continue;
       EncodeVector<kType, kFormat, kClip>(held[i], scaling, scaled_limits, words, kSmall);
       StoreNibbles</*kAreSmall=*/true>(args.packed + at / 2, words);
@@ -126,7 +126,7 @@ cudaError_t LaunchTranspose(const QuantizeInput& in, const uint8_t* codes, uint8
 cudaError_t LaunchQuantizeRows(const QuantizeRows& args, cudaStream_t stream) {
   const QuantizeInput& in = args.in;
   if (in.batch == 0) return cudaSuccess;
-  if (HasFastKernel(args.format, args.outliers) && HasVectors(in, args.codes, args.packed)) {
+  if (HasVectors(in, args.codes, args.packed)) {
     const bool transposes = args.codes_t != nullptr;
     const bool can = args.codes != nullptr && in.cols % kVectorBytes == 0 &&
                      IsAligned(args.codes, kVectorBytes) && HasGroups(in, args.codes_t, nullptr);

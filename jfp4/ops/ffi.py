@@ -38,7 +38,7 @@ Layout = Literal["codes", "codes_t", "packed"]
 OPERATIONS = ("quantize", "thresholds", "gemm", "packed_gemm", "adamw", "rms_norm")
 """What has kernels."""
 
-INTERFACE = 13
+INTERFACE = 14
 """The targets' operands, results and attributes as a number; see cuda_ffi/bindings.cc."""
 
 _BUILD = "`cmake -S . -B build && cmake --build build` in a checkout builds it"
@@ -92,7 +92,7 @@ def missing(path: Literal["host", "cuda"]) -> str:
 def _missing_cuda() -> str:
     if "cuda" not in _platforms:
         return "jfp4._kernels was built without a CUDA compiler (12.5 or newer)"
-    return _unfit_devices()
+    return _unfit_devices() or _old_driver()
 
 
 @functools.cache
@@ -107,6 +107,21 @@ def _unfit_devices() -> str:
                 f"{device.device_kind} has compute capability {device.compute_capability}, not 9.0"
             )
     return ""
+
+
+@functools.cache
+def _old_driver() -> str:
+    assert _module is not None
+    built, driver = _module.cuda_versions()
+    # A driver runs what was built with its own major version; before 12.3 it does not record
+    # kernels that begin before the last has ended, in the graphs that XLA makes.
+    if driver // 1000 >= built // 1000 and driver >= 12030:
+        return ""
+    major, minor = (built // 1000, 0) if driver // 1000 < built // 1000 else (12, 3)
+    return (
+        f"the driver has CUDA {driver // 1000}.{driver % 1000 // 10}; expected {major}.{minor} or "
+        f"newer, of kernels built with {built // 1000}.{built % 1000 // 10}"
+    )
 
 
 # -------------------------------------------------------------------------------------- choosing
@@ -277,7 +292,6 @@ def quantize_rows(
     format: str,
     want: Collection[Layout],
     outliers: tuple[Float32[Array, "*b"], Float32[Array, "*b"]] | None = None,
-    compensate: bool = False,
     amax_floor: Float32[Array, "*b m 1"] | None = None,
 ) -> Quantized:
     """Quantises with a scale a row.
@@ -286,8 +300,8 @@ def quantize_rows(
         x: bfloat16, float16 or float32; no axis is empty.
         format: the codes' format, before compensation.
         want: of codes [m, k], codes_t [k, m] and packed, uint8 [m, ceil(k / 2)], those to write.
-        outliers: thresholds to clamp at.
-        compensate: whether what was clamped off is added to the codes, which are E4M3 then.
+        outliers: thresholds to clamp at; what was clamped off is added to the codes, of four bits,
+            which are E4M3 then.
         amax_floor: what the largest magnitude of each row, clamped, is at least, its sign bit
             clear: of a part of a tensor the whole's.
 
@@ -296,11 +310,11 @@ def quantize_rows(
     """
     *batch, m, k = x.shape
     lo, hi = _thresholds(batch, outliers)
-    dtype = get_format("e4m3" if compensate else format).dtype
+    dtype = get_format("e4m3" if outliers else format).dtype
     shapes = {"codes": (m, k), "codes_t": (k, m), "packed": (m, (k + 1) // 2)}
     results = (*_results(batch, shapes, dtype, want), _float32(*batch, m, 1))
     *outputs, scale = _call("jfp4_quantize_rows", results)(
-        x, lo, hi, _floor(batch, amax_floor), format=_index(format), compensate=compensate
+        x, lo, hi, _floor(batch, amax_floor), format=_index(format)
     )
     return _quantized(outputs, shapes, want, scale)
 
@@ -311,7 +325,6 @@ def quantize_columns(
     format: str,
     want: Collection[Layout],
     outliers: tuple[Float32[Array, "*b"], Float32[Array, "*b"]] | None = None,
-    compensate: bool = False,
     amax_floor: Float32[Array, "*b 1 n"] | None = None,
 ) -> Quantized:
     """Quantises with a scale a column; see ``quantize_rows``.
@@ -321,7 +334,7 @@ def quantize_columns(
     """
     *batch, k, n = x.shape
     lo, hi = _thresholds(batch, outliers)
-    dtype = get_format("e4m3" if compensate else format).dtype
+    dtype = get_format("e4m3" if outliers else format).dtype
     shapes = {"codes": (k, n), "codes_t": (n, k), "packed": (n, (k + 1) // 2)}
     results = (
         *_results(batch, shapes, dtype, want),
@@ -329,7 +342,7 @@ def quantize_columns(
         _float32(*batch, n),  # scratch
     )
     *outputs, scale, _ = _call("jfp4_quantize_columns", results)(
-        x, lo, hi, _floor(batch, amax_floor), format=_index(format), compensate=compensate
+        x, lo, hi, _floor(batch, amax_floor), format=_index(format)
     )
     return _quantized(outputs, shapes, want, scale)
 

@@ -202,7 +202,7 @@ def quantize_compensated(
             range.
     """
     lo, hi, axis = _checked(x, lo, hi, axis, format)
-    (q,) = operands(_clamped, _compensate, x, axis, lo, hi, format=format, compensate=True)
+    (q,) = operands(_clamped, _compensate, x, axis, lo, hi, format=format)
     return q
 
 
@@ -216,9 +216,7 @@ def quantize_compensated_both(
 ) -> tuple[QTensor, ...]:
     """``quantize_compensated`` and its transpose; see ``quantize_both``."""
     lo, hi, axis = _checked(x, lo, hi, axis, format)
-    return operands(
-        _clamped, _compensate, x, axis, lo, hi, format=format, compensate=True, both=True
-    )
+    return operands(_clamped, _compensate, x, axis, lo, hi, format=format, both=True)
 
 
 def _clamped(x: Array, lo: Array, hi: Array) -> Float32[Array, "..."]:

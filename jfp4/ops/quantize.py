@@ -151,7 +151,6 @@ def operands(
     *outliers: Float32[Array, ""],
     format: str,
     shift: Float32[Array, "..."] | None = None,
-    compensate: bool = False,
     both: bool = False,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[QTensor, ...]:
@@ -166,10 +165,10 @@ def operands(
             ``across`` which that axis is divided are passed by name.
         x: what is quantised, the shift taken off.
         axis: as in ``quantize``, counted from the front.
-        outliers: clamp thresholds, or none.
+        outliers: clamp thresholds, or none; what was clamped off is added to the codes, which are
+            E4M3 then.
         format: the format before compensation.
         shift: the shift that was taken off.
-        compensate: whether what was clamped off is added to the codes, which are E4M3 then.
         both: whether the transpose, of a matrix, is wanted.
         dtype: what carries the codes; None is the format's own.
     """
@@ -177,7 +176,7 @@ def operands(
     by_row = axis == x.ndim - 1
     quantize_by = ffi.quantize_rows if by_row else ffi.quantize_columns
     single: ffi.Layout = "codes" if by_row else "codes_t"
-    made = "e4m3" if compensate else format
+    made = "e4m3" if outliers else format
     carrier = get_format(made).dtype
     dtype = carrier if dtype is None else dtype
 
@@ -200,7 +199,6 @@ def operands(
             format=format,
             want=("codes", "codes_t") if both else (single,),
             outliers=(bounds[0], bounds[1]) if bounds else None,
-            compensate=compensate,
             amax_floor=floor,
         )
         if both:

@@ -29,7 +29,7 @@ SHAPES = [
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 FOUR_BITS = ("e2m1", "e1m2", "e3m0", "e2m1b3")
 LO, HI = np.float32(-1.5), np.float32(2)
-OUTLIERS = {"plain": (None, False), "clamped": ((LO, HI), False), "compensated": ((LO, HI), True)}
+OUTLIERS = {"plain": None, "compensated": (LO, HI)}
 
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -58,13 +58,11 @@ def tensor(shape, dtype, *, broken=True):
 
 def codes_of(x, axis, format, clamp):
     """The oracle's codes, as the bytes that carry them, its scale, and the codes as numbers."""
-    thresholds, compensate = OUTLIERS[clamp]
-    if compensate:
-        codes, scale = ref.compensate(x, *thresholds, axis, format)
-    else:
-        x = x if thresholds is None else ref.clamp_residual(x, *thresholds)[0]
+    if (thresholds := OUTLIERS[clamp]) is None:
         codes, scale, _ = ref.quantize(x, axis, format)
-    return codes.astype(FORMATS["e4m3" if compensate else format].dtype), scale, codes
+        return codes.astype(FORMATS[format].dtype), scale, codes
+    codes, scale = ref.compensate(x, *thresholds, axis, format)
+    return codes.astype(FORMATS["e4m3"].dtype), scale, codes
 
 
 def same_bytes(got, expected):
@@ -84,8 +82,8 @@ def same_scale(got, expected):
 def check(poisoned, axis, x, format, clamp):
     """All layouts at once; columns are packed along themselves, as a product wants them."""
     kernel = ffi.quantize_rows if axis == 1 else ffi.quantize_columns
-    thresholds, compensate = OUTLIERS[clamp]
-    packs = format == "e2m1" and not compensate
+    thresholds = OUTLIERS[clamp]
+    packs = format == "e2m1" and thresholds is None
 
     def quantized(x):
         return kernel(
@@ -93,7 +91,6 @@ def check(poisoned, axis, x, format, clamp):
             format=format,
             want=("codes", "codes_t", "packed") if packs else ("codes", "codes_t"),
             outliers=thresholds and tuple(jnp.asarray(t) for t in thresholds),
-            compensate=compensate,
         )
 
     codes, scale, numbers = codes_of(x, axis, format, clamp)
@@ -193,9 +190,7 @@ def test_compensation_about_zero(backend, edges, format, copies, axis):
     x = np.tile(edges.elements, (copies, copies))
     x = x if axis == 1 else x.T
     kernel = ffi.quantize_rows if axis == 1 else ffi.quantize_columns
-    quantized = jax.jit(
-        functools.partial(kernel, format=format, want=("codes", "codes_t"), compensate=True)
-    )
+    quantized = jax.jit(functools.partial(kernel, format=format, want=("codes", "codes_t")))
     for lo, hi in edges.limits:
         got = quantized(x, outliers=(jnp.asarray(lo), jnp.asarray(hi)))
         codes, scale = ref.compensate(x, lo, hi, axis, format)
@@ -273,7 +268,7 @@ def test_parts_that_are_told_of_the_rest(backend, poisoned, shape, clamp, axis):
     """Halves along the axis of a scale, each with the whole's magnitudes: the whole's codes."""
     x = tensor(shape, "bfloat16")
     kernel = ffi.quantize_rows if axis == 1 else ffi.quantize_columns
-    thresholds, compensate = OUTLIERS[clamp]
+    thresholds = OUTLIERS[clamp]
     codes, scale, _ = codes_of(x, axis, "e2m1", clamp)
     bounded = x if thresholds is None else ref.clamp_residual(x, *thresholds)[0]
 
@@ -283,7 +278,6 @@ def test_parts_that_are_told_of_the_rest(backend, poisoned, shape, clamp, axis):
             format="e2m1",
             want=("codes", "codes_t"),
             outliers=thresholds and tuple(jnp.asarray(t) for t in thresholds),
-            compensate=compensate,
             amax_floor=floor,
         )
 

@@ -391,7 +391,7 @@ def without_kernels(results, backend):
 
 
 def embedding(results):
-    """The gradient of a bfloat16 table, its rows divided: how far off, in units of what it may be."""
+    """The gradient of a bfloat16 table: how far off, in units of what it may be."""
     mesh, rows, width = make_mesh((2, 2, 2)), 64, 32
     draw = np.random.default_rng(2)
     ids = draw.integers(0, 6, (4, 2, 3000))  # so many places that bfloat16 would lose most of them

@@ -84,21 +84,18 @@ QUANTIZERS = {1: ffi.quantize_rows, 0: ffi.quantize_columns}
 by_axis = pytest.mark.parametrize("axis", QUANTIZERS)
 
 
-def check_quantized(x, axis, format, *, clamp=None, compensate=False):
+def check_quantized(x, axis, format, *, clamp=None):
     """Every layout is the oracle's codes."""
     want = ["codes", "codes_t"]
-    if format == "e2m1" and not compensate:
+    if format == "e2m1" and clamp is None:
         want.append("packed")
     outliers = None if clamp is None else tuple(jnp.float32(v) for v in clamp)
-    q = QUANTIZERS[axis](
-        jnp.asarray(x), format=format, want=want, outliers=outliers, compensate=compensate
-    )
-    if compensate:
-        codes, scale = ref.compensate(x, *clamp, axis, format)
+    q = QUANTIZERS[axis](jnp.asarray(x), format=format, want=want, outliers=outliers)
+    if clamp is None:
+        codes, scale, _ = ref.quantize(x, axis, format)
     else:
-        clamped = x if clamp is None else ref.clamp_residual(x, *clamp)[0]
-        codes, scale, _ = ref.quantize(clamped, axis, format)
-    carrier = FORMATS["e4m3" if compensate else format].dtype
+        codes, scale = ref.compensate(x, *clamp, axis, format)
+    carrier = FORMATS[format if clamp is None else "e4m3"].dtype
     assert q.codes.dtype == q.codes_t.dtype == carrier
     np.testing.assert_array_equal(q.scale, scale)
     same_bits(q.codes, codes)
@@ -137,24 +134,22 @@ def test_codes_of_every_half(format, axis):
 
 @built
 @by_axis
-@pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("format", FOUR_BITS)
-def test_clamped_and_compensated_codes_are_the_oracles(format, compensate, axis):
+def test_compensated_codes_are_the_oracles(format, axis):
     x = rough(2, 97, 66)
     for lo, hi in ((-1.5, 0.75), (-np.inf, np.inf), (2, 1), (0, 0), (np.nan, 1), (-1e-40, 1e-40)):
         clamp = np.float32(lo), np.float32(hi)
-        check_quantized(x, axis, format, clamp=clamp, compensate=compensate)
+        check_quantized(x, axis, format, clamp=clamp)
 
 
 @built
 @by_axis
-@pytest.mark.parametrize("compensate", [False, True])
-def test_clamping_about_the_least_normal_number(compensate, axis):
+def test_compensation_about_the_least_normal_number(axis):
     """Where an element, a threshold or a residual is subnormal, and so taken for zero."""
     x = gaussian(36, 64, 65) * (2 * TINY)
     for lo, hi in ((-1.5, 1.25), (-0.75, 0.5), (-3, 2), (1.25, 1.5), (-1.25, -0.5)):
         clamp = np.float32(lo * TINY), np.float32(hi * TINY)
-        check_quantized(x, axis, "e2m1", clamp=clamp, compensate=compensate)
+        check_quantized(x, axis, "e2m1", clamp=clamp)
 
 
 @built
@@ -163,20 +158,20 @@ def test_clamping_about_the_least_normal_number(compensate, axis):
 def test_compensation_about_zero(edges, format, axis):
     x = edges.elements if axis == 1 else edges.elements.T
     for clamp in edges.limits:
-        check_quantized(x, axis, format, clamp=clamp, compensate=True)
+        check_quantized(x, axis, format, clamp=clamp)
 
 
 @built
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=24, max_size=24), at=st.integers(0, 23))
 @by_axis
-@pytest.mark.parametrize("compensate", [False, True])
-def test_codes_of_any_patterns(compensate, axis, bits, at):
+@pytest.mark.parametrize("clamps", [False, True])
+def test_codes_of_any_patterns(clamps, axis, bits, at):
     v = np.array(bits, np.uint32).view(np.float32)
     v = np.where(np.isnan(v), np.float32(np.nan), v)
     bound = np.nan_to_num(np.abs(ref.to_float32(v)), posinf=1)[at]
-    clamp = (-bound, bound) if compensate else None
+    clamp = (-bound, bound) if clamps else None
     with np.errstate(all="ignore"):
-        check_quantized(v.reshape(6, 4), axis, "e2m1", clamp=clamp, compensate=compensate)
+        check_quantized(v.reshape(6, 4), axis, "e2m1", clamp=clamp)
 
 
 @built
@@ -652,7 +647,7 @@ ROWS = Call(
         "packed": (U8, (2, 3, 0)),
         "scale": (F32, (2, 3, 1)),
     },
-    {"format": np.int32(0), "compensate": True},
+    {"format": np.int32(0)},
 )
 COLUMNS = Call(
     "jfp4_quantize_columns",
@@ -664,7 +659,7 @@ COLUMNS = Call(
         "scale": (F32, (1, 8)),
         "amax": (F32, (8,)),
     },
-    {"format": np.int32(0), "compensate": False},
+    {"format": np.int32(0)},
 )
 GRADIENT_AMAX = Call(
     "jfp4_gradient_amax",
@@ -757,20 +752,19 @@ MISTAKES = [
     (ROWS, {"amax_floor": (F32, (2, 8))}, "amax_floor is f32[2, 8]; expected f32[2, 3], beside x"),
     (ROWS, {"codes": (E5M2, (2, 3, 8))}, "codes is f8e5m2[2, 3, 8]; expected f8e4m3fn[2, 3, 8]"),
     (ROWS, {"codes_t": (E4M3, (2, 3, 8))}, "codes_t is f8e4m3fn[2, 3, 8]; expected f8e4m3fn[2, 8"),
-    (ROWS, {"packed": (U8, (2, 3, 4))}, "packed is present; expected format E2M1 without comp"),
+    (ROWS, {"packed": (U8, (2, 3, 4))}, "packed is present; expected format E2M1 without lo"),
     (ROWS, {"packed": (U8, (2, 4, 0))}, "packed is u8[2, 4, 0]; expected u8[2, 3, 0]"),
     (ROWS, {"scale": (F32, (2, 3))}, "scale is f32[2, 3]; expected f32[2, 3, 1]"),
     (ROWS, {"format": np.int32(6)}, "format is 6; expected 0 to 5"),
-    (ROWS, {"format": np.int32(4)}, "compensate is set; expected lo and hi, and a 4-bit format"),
+    (ROWS, {"format": np.int32(4)}, "lo and hi are present; expected neither, or a 4-bit format"),
     (COLUMNS, {"x": (F32, (0, 8))}, "x is f32[0, 8]; expected no empty dimension"),
     (COLUMNS, {"amax_floor": (F32, (3,))}, "amax_floor is f32[3]; expected f32[8], beside x f32"),
     (COLUMNS, {"codes": (E4M3, (8, 3))}, "codes is f8e4m3fn[8, 3]; expected f8e4m3fn[3, 8]"),
     (COLUMNS, {"codes_t": (U8, (8, 3))}, "codes_t is u8[8, 3]; expected f8e4m3fn[8, 3], beside x"),
     (COLUMNS, {"packed_t": (U8, (8, 1))}, "packed_t is u8[8, 1]; expected u8[8, 2], beside x f32"),
-    (COLUMNS, {"format": np.int32(1)}, "packed_t is present; expected format E2M1 without comp"),
+    (COLUMNS, {"format": np.int32(1)}, "packed_t is present; expected format E2M1 without lo"),
     (COLUMNS, {"scale": (F32, (8, 1))}, "scale is f32[8, 1]; expected f32[1, 8]"),
     (COLUMNS, {"amax": (F32, (3,))}, "amax is f32[3]; expected f32[8]"),
-    (COLUMNS, {"compensate": True}, "compensate is set; expected lo and hi"),
     (GRADIENT, {"dy": (E5M2, (3, 8))}, "dy is f8e5m2[3, 8]; expected bf16, f16 or f32"),
     (GRADIENT, {"col_factor": (F32, (8,))}, "col_factor is f32[8]; expected f32[1, 8], beside dy"),
     (GRADIENT, {"row_factor": (F32, (1, 1))}, "row_factor is f32[1, 1]; expected f32[3, 1]"),
@@ -809,9 +803,11 @@ MISTAKES = [
     (GEMM, {"b": (E4M3, (2, 5, 16))}, "b is f8e4m3fn[2, 5, 16]; expected f8e4m3fn[2, 5, 32]"),
     (GEMM, {"b": (E4M3, (1, 5, 32))}, "b is f8e4m3fn[1, 5, 32]; expected f8e4m3fn[2, 5, 32]"),
     (GEMM, {"b": (F32, (2, 5, 32))}, "b is f32[2, 5, 32]; expected f8e4m3fn or f8e5m2, beside a"),
+    (GEMM, {"b": (E4M3, (5, 32))}, "b is f8e4m3fn[5, 32]; expected 3 dimensions, beside a"),
     (GEMM, {"b": (E4M3, (2, 0, 32))}, "b is f8e4m3fn[2, 0, 32]; expected no empty dimension"),
     (GEMM, {"b_scale": (F32, (2, 5, 1))}, "b_scale is f32[2, 5, 1]; expected f32[2, 1, 1]"),
     (GEMM, {"b_scale": (F32, (2, 1, 3))}, "b_scale is f32[2, 1, 3]; expected f32[2, 1, 5]"),
+    (GEMM, {"u": (F32, (3,))}, "u is f32[3]; expected 3 dimensions, beside a"),
     (GEMM, {"u": (F32, (2, 1, 1))}, "u is f32[2, 1, 1]; expected f32[2, 3, 1]"),
     (GEMM, {"v": (F32, (2, 2, 5))}, "v is f32[2, 2, 5]; expected f32[2, 1, 5]"),
     (GEMM, {"bias": (F32, (2, 3))}, "bias is f32[2, 3]; expected f32[2, 5]"),
@@ -1014,6 +1010,39 @@ def test_a_gpu_of_another_architecture_is_xlas(monkeypatch):
         ffi._unfit_devices.cache_clear()
     monkeypatch.setattr(ffi, "_platforms", frozenset(["cpu"]))
     assert ffi.missing("cuda") == "jfp4._kernels was built without a CUDA compiler (12.5 or newer)"
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "why"),
+    [
+        (13010, 13000, ""),
+        (12050, 13010, ""),
+        (
+            13010,
+            12080,
+            "the driver has CUDA 12.8; expected 13.0 or newer, of kernels built with 13.1",
+        ),
+        (
+            12050,
+            12020,
+            "the driver has CUDA 12.2; expected 12.3 or newer, of kernels built with 12.5",
+        ),
+    ],
+)
+def test_a_driver_older_than_the_kernels_is_xlas(monkeypatch, built, driver, why):
+    hopper = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H200")
+    module = types.SimpleNamespace(cuda_versions=lambda: (built, driver))
+    monkeypatch.setattr(ffi, "_module", module)
+    monkeypatch.setattr(ffi, "_platforms", frozenset(["cpu", "cuda"]))
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [hopper])
+    caches = ffi._unfit_devices, ffi._old_driver
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert ffi.missing("cuda") == why
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_backends_reads_well():
