@@ -4,6 +4,7 @@
 medians to results/cpu-jaxVERSION.json.
 """
 
+import argparse
 import functools
 import json
 import statistics
@@ -30,6 +31,7 @@ PRODUCT_ROUNDS, STEP_ROUNDS = 31, 9
 
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
+    argparse.ArgumentParser(prog="python -m benchmarks.cpu").parse_args()
     if jax.default_backend() != "cpu":
         print("error: this measures CPUs; set JAX_PLATFORMS=cpu", file=sys.stderr)
         return 2

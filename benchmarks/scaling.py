@@ -5,6 +5,7 @@ every device sends, and writes results/scaling.json. The time that these bytes t
 whose constants are below and in the result.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -38,6 +39,7 @@ measured run on one GPU."""
 
 def main() -> int:
     """Compiles every mesh, and writes the result; returns the exit status."""
+    argparse.ArgumentParser(prog="python -m benchmarks.scaling").parse_args()
     measured = json.loads((RESULTS / "run-llama13b-fp4-nvidia-h200.json").read_text())
     result = {
         "model": "llama13b",

@@ -259,9 +259,15 @@ def convert(
         ``model``.
 
     Raises:
+        TypeError: ``model`` is none of ``flax.nnx``.
         ValueError: no layer was chosen, or one, which is named, asks for what a quantised product
             would ignore or contracts other axes than the last.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__module__}.{type(model).__qualname__}; expected a "
+            "flax.nnx.Module (modules of flax.linen call jfp4.linear themselves)"
+        )
     recipe = get_recipe(recipe)
     layers: list[tuple[str, Any]] = [
         (path_name(path), module)

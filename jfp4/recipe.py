@@ -105,7 +105,7 @@ class Recipe:
     """What was clamped off: kept in the FP8 operand, as a second product, or dropped (None)."""
 
     skip: tuple[str, ...] = ("*embed*", "*lm_head*")
-    """Shell patterns of layer paths that stay in the compute dtype."""
+    """Shell patterns of layer paths that stay in the compute dtype, in place of these."""
 
     def __post_init__(self) -> None:
         check_choices(self)

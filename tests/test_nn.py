@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jfp4
 from jfp4.nn import MOMENTUM, CalibrationStat, Linear, convert
@@ -485,6 +485,11 @@ def test_a_converted_model_computes_by_jfp4():
     expected = model.lm_head(x + model.norm(x))
     np.testing.assert_array_equal(model(X[0]), expected)
     assert np.any(expected != block()(X[0]))
+
+
+def test_convert_takes_modules_of_nnx():
+    with pytest.raises(TypeError, match=r"model is a flax\.linen\..*Dense; expected a flax\.nnx"):
+        convert(linen.Dense(8))
 
 
 def test_convert_skips_by_the_recipes_patterns():

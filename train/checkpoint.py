@@ -137,6 +137,18 @@ class Checkpoints:
             self._manager.close()
 
 
+@contextlib.contextmanager
+def orbax_silent() -> Iterator[None]:
+    """Keeps orbax from warning of what is not missing: the files of a manager, which wrote none."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def check_holds(reader: ocp.Checkpointer, path: Path, wanted: dict[str, Any]) -> None:
     """Refuses a checkpoint that does not hold what is to be read, by its metadata alone.
 

@@ -21,6 +21,9 @@ STOPPED = 128 + signal.SIGTERM
 """Exit status, of every process, where a signal ended the run before its last step, and it was
 saved: what starts jobs again is not to take it for done."""
 
+UNUSED = 4
+"""A vocabulary so many times what the tokenizer has is taken for a mistake."""
+
 SHARE_ALONE, SHARE_OF_MESH = "0.95", "0.9"
 """Of a GPU's memory that a run takes as it begins; a mesh's collectives have buffers beside it."""
 
@@ -87,8 +90,14 @@ def _run(config: TrainConfig) -> int:
     if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
     if config.plan and rehearsal.devices_of(config) not in (None, jax.device_count()):
+        say(f"{config.model} in {config.recipe} on {config.mesh}: dividing the step")
         rehearsal.rehearse(config).show()
         return 0
+    if config.llama.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(
+            f"--model.attention=cudnn on {jax.default_backend()}; expected auto or xla: cuDNN is "
+            "for NVIDIA's GPUs"
+        )
     rows = config.batch_size // config.optimizer.accumulation
     placed = placement.place(config.mesh, config.llama, rows)
 
@@ -105,6 +114,7 @@ def _run(config: TrainConfig) -> int:
     except ValueError as error:  # flags that are right by themselves and do not go together
         raise UserError(str(error)) from None
     if config.plan:
+        say(f"{config.model} in {config.recipe}: compiling")
         planned, step_fn = plan.make_plan(trainer)
         if processes.is_first():
             planned.show()
@@ -116,7 +126,22 @@ def _run(config: TrainConfig) -> int:
         with mendable(f"--run_dir={run_dir} cannot be read"):
             rundir.check_free(run_dir)
             rundir.check(run_dir, config)
+            check_room()
         return ""
+
+    def check_room() -> None:
+        sizes = plan.sizes(trainer)
+        if sizes.fixed > sizes.device_bytes:
+            return  # which says more of the matter
+        every, saved = config.checkpoint.every, sizes.saved
+        # One more than is kept, since the oldest goes when the newest is there; some may be there.
+        more = config.checkpoint.keep + 1 - len(rundir.saved_steps(run_dir)) if every else 1
+        try:
+            rundir.check_space(run_dir, max(more, 1) * saved)
+        except UserError as error:
+            if every:
+                raise
+            say(f"warning: an interrupt could not be saved: {error}")
 
     corpora = []
 
@@ -134,6 +159,12 @@ def _run(config: TrainConfig) -> int:
                 f"the tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size:,} ids "
                 f"and {config.model} a vocabulary of {config.llama.vocab_size:,}; set "
                 "--model.vocab_size"
+            )
+        if UNUSED * corpus.tokenizer.vocab_size < config.llama.vocab_size:
+            say(
+                f"warning: the tokenizer {corpus.tokenizer.name} has "
+                f"{corpus.tokenizer.vocab_size:,} ids, and {config.model} a vocabulary of "
+                f"{config.llama.vocab_size:,}; train.prepare learns a tokenizer of the data"
             )
         if processes.is_first():
             rundir.check_data(run_dir, corpus.fingerprint)
@@ -157,8 +188,11 @@ def _run(config: TrainConfig) -> int:
         if not planned.fits:
             planned.show()
             raise UserError(
-                f"{config.model} takes {planned.total / plan.GIB:.1f} GiB and {planned.device} has "
-                f"{planned.device_bytes / plan.GIB:.1f}; choose a smaller --model or --batch_size"
+                f"{config.model} takes {planned.total / plan.GIB:.1f} GiB, "
+                f"{planned.fixed / plan.GIB:.1f} of them whatever the batch, and {planned.device} "
+                f"has {planned.device_bytes / plan.GIB:.1f}; choose a smaller --model or "
+                "--batch_size, or --optimizer.master=bfloat16, --optimizer.first_moment=e4m3, "
+                "--optimizer.second_moment=float16, --model.remat=full or a --mesh of more devices"
             )
         return ""
 
@@ -170,15 +204,6 @@ def _run(config: TrainConfig) -> int:
     held = contextlib.ExitStack()
 
     def prepare_run_dir() -> str:
-        every, saved = config.checkpoint.every, planned.saved
-        # One more than is kept, since the oldest goes when the newest is there; some may be there.
-        more = config.checkpoint.keep + 1 - len(rundir.saved_steps(run_dir)) if every else 1
-        try:
-            rundir.check_space(run_dir, max(more, 1) * saved)
-        except UserError as error:
-            if every:
-                raise
-            say(f"warning: an interrupt could not be saved: {error}")
         held.enter_context(rundir.hold(run_dir, say))
         (run_dir / rundir.ENDED).unlink(missing_ok=True)  # all are here: it is of an earlier start
         rundir.check(run_dir, config)  # again: another run may have begun there since

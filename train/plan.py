@@ -1,18 +1,25 @@
 """What memory a run takes, against what the device has, before anything is allocated."""
 
+import contextlib
 import dataclasses
 import math
 import re
+import unittest.mock
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import psutil
 from jax.extend.core import Var
 from jax.stages import Compiled, Lowered
+from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
+from jfp4.models import llama
+from jfp4.models.llama import attention_implementation
 from jfp4.ops.cross_entropy import chunk_size
 from train.config import TrainConfig
 from train.deterministic import fix_order_of_attention
@@ -21,6 +28,9 @@ from train.placement import Placement
 from train.step import Trainer
 
 GIB = 2.0**30
+
+Attention = Literal["xla", "cudnn"]
+"""What computes attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +136,9 @@ def make_plan(trainer: Trainer) -> tuple[Plan, Compiled | None]:
     """
     plan, state, placement = sizes(trainer), trainer.abstract_state(), trainer.placement
     if plan.fixed > plan.device_bytes:
-        activations = estimated_activations(trainer.config) // placement.shards
+        rows = trainer.config.batch_size // placement.shards
+        own = dataclasses.replace(trainer.config, batch_size=rows)
+        activations = estimated_activations(on_cpu(own), attention_implementation(own.llama))
         return dataclasses.replace(plan, activations=activations), None
     with placement.in_force():
         options = compiler_options(trainer.config, placement)
@@ -173,6 +185,11 @@ def sizes(trainer: Trainer) -> Plan:
     )
 
 
+def on_cpu(config: TrainConfig) -> TrainConfig:
+    """The configuration with an attention that can be traced where cuDNN is not, too."""
+    return dataclasses.replace(config, llama=dataclasses.replace(config.llama, attention="xla"))
+
+
 def lowered_step(trainer: Trainer) -> Lowered:
     """``trainer.step`` of abstract arguments, to be compiled on its mesh, which is in force.
 
@@ -189,14 +206,14 @@ def lowered_step(trainer: Trainer) -> Lowered:
     return lowered
 
 
-def kept_bytes(config: TrainConfig) -> int:
+def kept_bytes(config: TrainConfig, attention: Attention = "xla") -> int:
     """Bytes that a microbatch's forward keeps for its backward, by JAX's own account of it.
 
     Not counted is what is there anyway: parameters, statistics, the weights' codes and the batch.
     """
     # Layers written out keep what scanned ones do; of those, copies are told from parameters.
-    llama = dataclasses.replace(config.llama, scan_layers=True)
-    trainer = Trainer(dataclasses.replace(config, llama=llama))
+    scanned = dataclasses.replace(config.llama, scan_layers=True)
+    trainer = Trainer(dataclasses.replace(config, llama=scanned))
     state, batch = trainer.abstract_state(), trainer.batch_shape()
     prepared = jax.eval_shape(trainer.prepare, state.params, state.stats)
     rows = batch.shape[0] // config.optimizer.accumulation
@@ -208,9 +225,29 @@ def kept_bytes(config: TrainConfig) -> int:
 
         return jax.tree.leaves(jax.vjp(loss, params, has_aux=True)[1])
 
-    jaxpr = jax.make_jaxpr(residuals)(state.params, prepared, state.stats, batch).jaxpr
+    with _fused_attention() if attention == "cudnn" else contextlib.nullcontext():
+        jaxpr = jax.make_jaxpr(residuals)(state.params, prepared, state.stats, batch).jaxpr
     kept = {v for v in jaxpr.outvars if isinstance(v, Var)} - {*jaxpr.invars, *jaxpr.constvars}
     return _bytes([v.aval for v in kept])
+
+
+def _fused_attention() -> AbstractContextManager[Any]:
+    """Has models keep of attention what cuDNN's does, which cannot be traced without a GPU.
+
+    That is its operands, its result and a number a query; XLA's keeps what it makes of every query
+    with every key.
+    """
+
+    @jax.custom_vjp
+    def fused(q: Array, k: Array, v: Array) -> Array:
+        return jnp.exp(q)
+
+    def forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+        y = fused(q, k, v)
+        return y, (q, k, v, y, jnp.sum(q, axis=-1, dtype=jnp.float32))
+
+    fused.defvjp(forward, lambda kept, _: kept[:3])
+    return unittest.mock.patch.object(llama, "attend", lambda q, k, v, _: fused(q, k, v))
 
 
 def device_memory() -> tuple[int, str]:
@@ -260,8 +297,8 @@ def _held(tree: Any) -> int:
     )
 
 
-def estimated_activations(config: TrainConfig) -> int:
-    """Bytes that the batch has a part in, from shapes alone.
+def estimated_activations(config: TrainConfig, attention: Attention = "xla") -> int:
+    """Bytes that the batch has a part in, from shapes alone, with what computes attention there.
 
     What is kept for the backward; what a layer would keep whose backward is computed, where remat
     makes it anew; the gradients on their way through it, of gate and up and of the stream; and a
@@ -277,11 +314,15 @@ def estimated_activations(config: TrainConfig) -> int:
     )
     bare = dataclasses.replace(model, remat="none")
     one, two = (
-        kept_bytes(dataclasses.replace(another, llama=dataclasses.replace(bare, num_layers=layers)))
+        kept_bytes(
+            dataclasses.replace(another, llama=dataclasses.replace(bare, num_layers=layers)),
+            attention,
+        )
         for layers in (1, 2)
     )
     a_layer = two - one if model.remat != "none" else 0
     tokens = config.batch_size // n * config.seq_len
     chunk = chunk_size(tokens, model.vocab_size, model.loss_chunk)
     passing = tokens * (2 * model.mlp_dim + model.embed_dim) * jax.numpy.dtype(model.dtype).itemsize
-    return kept_bytes(config) + a_layer + passing + 8 * chunk * model.vocab_size
+    kept = kept_bytes(config, attention)
+    return kept + a_layer + passing + 8 * chunk * model.vocab_size

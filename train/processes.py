@@ -73,6 +73,8 @@ def joined(config: TrainConfig) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         elsewhere = "; to plan for it elsewhere, give every size of --mesh" if config.plan else ""
         reason = str(error).rstrip(".")
+        if address is None and "should be defined" in reason:
+            reason = "no cluster of SLURM's or of TPUs is found; elsewhere give HOST:PORT"
         raise UserError(
             f"coordinator={config.coordinator} could not be joined: {reason}{elsewhere}"
         ) from None

@@ -37,6 +37,7 @@ class Rehearsal:
         state_bytes: the state's, on one device; exact.
         work_bytes: of codes, gradients and activations, on one device, estimated from shapes;
             those of activations that ``tensor`` divides are counted whole.
+        attention: what computes attention on GPUs, which these are taken for.
         collectives: what a step sends, before a compiler joins any two.
     """
 
@@ -44,6 +45,7 @@ class Rehearsal:
     parameters: int
     state_bytes: int
     work_bytes: int
+    attention: str
     collectives: list[Collective]
 
     def table(self) -> Table:
@@ -59,7 +61,7 @@ class Rehearsal:
             table.add_row(what, "", f"{size / 2**30:.2f}")
         for kind, (count, sent) in summary(self.collectives).items():
             table.add_row(f"{kind}, sent", f"{count:,}", f"{sent / 2**30:.2f}")
-        table.caption = f"{self.parameters:,} parameters"
+        table.caption = f"{self.parameters:,} parameters, attention by {self.attention} as on GPUs"
         return table
 
     def show(self) -> None:
@@ -110,9 +112,13 @@ def _alone(config: TrainConfig) -> TrainConfig:
 
 
 def _rehearse_here(config: TrainConfig) -> Rehearsal:
+    from jfp4.models.llama import attention_implementation
     from train.placement import place
-    from train.plan import estimated_activations, lowered_step, sizes
+    from train.plan import estimated_activations, lowered_step, on_cpu, sizes
     from train.step import Trainer
+
+    attention = attention_implementation(config.llama, "gpu")
+    config = on_cpu(config)
 
     rows = config.batch_size // config.optimizer.accumulation
     placement = place(config.mesh, config.llama, rows)
@@ -125,7 +131,8 @@ def _rehearse_here(config: TrainConfig) -> Rehearsal:
         devices=placement.mesh.size,
         parameters=plan.parameters,
         state_bytes=plan.weights + plan.optimizer,
-        work_bytes=plan.prepared + plan.gradients + estimated_activations(own),
+        work_bytes=plan.prepared + plan.gradients + estimated_activations(own, attention),
+        attention=attention,
         collectives=sent,
     )
 

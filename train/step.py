@@ -1,6 +1,7 @@
 """Pure functions of training: initial state, train step, evaluation, quantisation health."""
 
 import dataclasses
+import fnmatch
 import functools
 import math
 from collections.abc import Callable
@@ -13,14 +14,30 @@ from jaxtyping import Array, Float32, Int32
 
 from jfp4 import master
 from jfp4.models.llama import Llama, as_stored, by_layers, split_params
-from jfp4.nn import Linear, Prepared
+from jfp4.nn import Linear, Prepared, path_name
 from jfp4.ops.exchange import grad_comm
 from jfp4.optim import norm_and_finite
+from jfp4.recipe import Recipe
 from jfp4.sharding import constrain, constrain_weights
 from train.config import TrainConfig
 from train.loss_scale import LossScale
 from train.optimizer import decay_mask, make_optimizer, schedule
 from train.placement import Placement
+
+
+def _check_skip(model: Llama, recipe: Recipe) -> None:
+    """Raises ValueError if a pattern that was asked for is of no layer, and so changes nothing."""
+    layers = [
+        path_name(path)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Linear)
+    ]
+    for pattern in set(recipe.skip) - set(Recipe().skip) if recipe.quantizes else ():
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(
+                f"recipe.skip={pattern!r} is no layer's path; expected a pattern of some of "
+                f"{', '.join(sorted(layers))} (layers of a kind are one stack)"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +68,9 @@ class Trainer:
         self.optimizer = make_optimizer(config)
         self.schedule = schedule(config)
         model = nnx.eval_shape(self._model)
+        rows = config.batch_size // config.optimizer.accumulation
+        model.check_loss_chunk(rows * config.seq_len)
+        _check_skip(model, config.quantization)
         self.graph = split_params(model)[0]
         # What a gradient passes through in float16, small ones would not survive.
         self.scales_loss = "float16" in (config.llama.dtype, config.optimizer.master)

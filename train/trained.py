@@ -11,7 +11,7 @@ from flax import nnx
 from jfp4 import master
 from jfp4.models.llama import Llama
 from train import rundir
-from train.checkpoint import check_holds, named_leaves
+from train.checkpoint import check_holds, named_leaves, orbax_silent
 from train.config import from_dict
 from train.errors import UserError
 from train.step import Trainer
@@ -48,7 +48,8 @@ def load_model(run_dir: str | Path, step: int | None = None) -> Llama:
     }
     step = steps[-1] if step is None else step
     path = (run_dir / "checkpoints" / str(step) / "default").absolute()
-    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+    reading = contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
+    with orbax_silent(), reading as reader:
         check_holds(reader, path, wanted)
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         arrays = reader.restore(

@@ -135,14 +135,10 @@ class Llama(nnx.Module):
             raise ValueError(
                 f"targets has shape {targets.shape} and tokens {tokens.shape}; expected the same"
             )
+        self.check_loss_chunk(tokens.size)
         x = self._decode(tokens)
         chunk = self.config.loss_chunk
-        if isinstance(self.lm_head, Linear) and self.lm_head.recipe.quantizes:
-            if chunk is not None and chunk < tokens.size:
-                raise ValueError(
-                    f"loss_chunk={chunk} with {tokens.size} tokens and a quantised lm_head; "
-                    "expected None: its scales are those of all tokens"
-                )
+        if self._quantises_head():
             return cross_entropy_of_logits(self._logits(x), targets)
         # Where a mesh divides the batch each part makes chunks of its own, and its own gradient of
         # the head; without one, there is one part.
@@ -154,6 +150,18 @@ class Llama(nnx.Module):
             return mean(x[0], self._head_weight(), targets[0])
         heads = constrain(spread(self._head_weight(), parts), "batch", None, "vocab")
         return jnp.mean(jax.vmap(mean)(x, heads, targets))
+
+    def check_loss_chunk(self, tokens: int) -> None:
+        """Raises ValueError if ``loss`` of so many tokens would refuse ``config.loss_chunk``."""
+        chunk = self.config.loss_chunk
+        if self._quantises_head() and chunk is not None and chunk < tokens:
+            raise ValueError(
+                f"loss_chunk={chunk} with {tokens} tokens and a quantised lm_head; "
+                "expected None: its scales are those of all tokens"
+            )
+
+    def _quantises_head(self) -> bool:
+        return isinstance(self.lm_head, Linear) and self.lm_head.recipe.quantizes
 
     def prepare(self) -> None:
         """Quantises every layer's weight once for all calls; see ``jfp4.nn.Linear.prepare``."""
@@ -372,15 +380,17 @@ def attend(
     return jax.lax.platform_dependent(q, k, v, cpu=wide, default=dot)
 
 
-def attention_implementation(config: LlamaConfig) -> Literal["xla", "cudnn"]:
-    """What ``config.attention`` means on the default device.
+def attention_implementation(
+    config: LlamaConfig, platform: str | None = None
+) -> Literal["xla", "cudnn"]:
+    """What ``config.attention`` means on a platform, by default the default device's.
 
     Warns:
         UserWarning: "auto" is XLA on a GPU only because cuDNN refuses heads of this size.
     """
     if config.attention != "auto":
         return config.attention
-    if jax.default_backend() != "gpu" or config.dtype == "float32":
+    if (platform or jax.default_backend()) != "gpu" or config.dtype == "float32":
         return "xla"
     if config.head_dim % 8 == 0 and config.head_dim <= 256:
         return "cudnn"

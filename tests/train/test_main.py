@@ -58,10 +58,17 @@ def refuses(runs, elsewhere, capsys):
         ("--backend=gpu", "invalid choice 'gpu' for argument '--backend'"),
         ("--model.num_kv_heads=3", "expected the second to divide the first"),
         ("--recipe.skip=*", "no layer of the model was chosen"),
+        ("--recipe.skip=attn", "recipe.skip='attn' is no layer's path; expected a pattern of some"),
+        ("--model.attention=cudnn", "--model.attention=cudnn on cpu; expected auto or xla"),
     ],
 )
 def test_flags(refuses, flag, message):
     assert message in refuses(flag)
+
+
+def test_chunks_of_a_quantised_head(refuses):
+    flags = ("--recipe.skip=*embed*", "--model.no_tied_head", "--model.loss_chunk=64", "--plan")
+    assert "loss_chunk=64 with 2048 tokens and a quantised lm_head" in refuses(*flags)
 
 
 def tiny(data, *flags):
@@ -83,6 +90,12 @@ def test_too_little_text(refuses, tmp_path):
     (tmp_path / "short.txt").write_text("x" * 30)
     error = refuses(*tiny(tmp_path / "short.txt"))
     assert "training tokens and 33 are needed (2 x 16 + 1); give more text, or a smaller" in error
+
+
+def test_a_vocabulary_that_the_tokenizer_leaves_unused(runs, elsewhere, text, capsys):
+    assert runs(*tiny(text, "--model.vocab_size=4096", "--steps=1")) == 0
+    warning = "warning: the tokenizer bytes has 257 ids, and llama5m a vocabulary of 4,096; train"
+    assert warning in capsys.readouterr().err
 
 
 def test_a_vocabulary_larger_than_the_models(refuses, text, tmp_path):
@@ -381,7 +394,8 @@ def test_memory_of_one_host_and_data_of_another_run_are_told_by_all(
     (tmp_path / "other.txt").write_text(text.read_text() * 2)
     assert runs.resume(run_dir, f"--data={tmp_path}/other.txt") == 2
     assert len(told) == 2
-    assert "; choose a smaller --model" in told[0] and "began with other data" in told[1]
+    assert re.search(r"GiB, [\d.]+ of them whatever the batch, .*; choose a smaller", told[0])
+    assert "--model.remat=full or a --mesh" in told[0] and "began with other data" in told[1]
 
 
 def test_processes_go_on_from_the_first_one_s_checkpoint(
@@ -405,11 +419,12 @@ def test_a_model_too_large_for_the_machine(runs, elsewhere, text, capsys):
     flags = ("--model=llama13b", "--run_dir=run", f"--data={text}")
     assert runs(*flags) == 2
     error, output = last_error(capsys)
-    assert re.search(r"llama13b takes \d+\.\d GiB and .* has \d+\.\d; choose a smaller", error)
+    whole = r"llama13b takes \d+\.\d GiB, \d+\.\d of them whatever the batch"
+    assert re.search(rf"{whole}, and .* has \d+\.\d; choose", error)
     assert "estimated from shapes" in output
     assert runs(*flags, "--plan") == 2
     output, errors = capsys.readouterr()
-    assert errors == "" and "estimated from shapes" in output
+    assert errors == "llama13b in fp4: compiling\n" and "estimated from shapes" in output
     assert "GiB too large" in " ".join(output.split())
     assert time.process_time() - begun < 30  # nothing is compiled
     assert len(jax.live_arrays()) == arrays
@@ -419,7 +434,8 @@ def test_a_model_too_large_for_the_machine(runs, elsewhere, text, capsys):
 def test_plan(runs, elsewhere, text, capsys):
     assert runs(*tiny(text, "--plan")) == 0
     output, errors = capsys.readouterr()
-    assert errors == "" and "from the compiled step" in output and "run fits" in output
+    assert errors == "llama5m in fp4: compiling\n"
+    assert "from the compiled step" in output and "run fits" in output
     rows = re.findall(r"│ (.+?) +│ +[\d.]+ │ +([\d,]+) │", output)
     sizes = {what: int(size.replace(",", "")) for what, size in rows}
     *parts, together, has = sizes.values()

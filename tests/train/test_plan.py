@@ -139,6 +139,25 @@ def test_bytes_kept_a_token_a_layer(remat, load, monkeypatch):
     assert three - two == expected[remat] * 3 * 256
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_only_xlas_attention_keeps_scores(remat):
+    """What cuDNN's keeps, and all else, grows by as much for every token."""
+
+    def estimated(seq_len, attention):
+        return estimated_activations(
+            dataclasses.replace(kept(remat, 2, loss_chunk=64), seq_len=seq_len), attention
+        )
+
+    lengths = 256, 512, 768
+    of_cudnn = [estimated(n, "cudnn") for n in lengths]
+    assert np.ptp(np.diff(of_cudnn)) == 0
+    c = MODELS["llama60m"]
+    layers = c.num_layers if remat == "none" else 1
+    for n, cudnn in zip(lengths, of_cudnn, strict=True):
+        # XLA's keeps a number in float32, or more, of every query with every key.
+        assert estimated(n, "xla") - cudnn >= 4 * layers * 2 * c.num_heads * n * n
+
+
 def plan_of(**changes):
     sizes = dict(weights=4 * 2**30, optimizer=7 * 2**30, prepared=2**30, gradients=2**31)
     sizes["activations"] = 2**30

@@ -1,5 +1,6 @@
 """Plans for devices that this machine does not have."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -91,11 +92,14 @@ def test_data_parallel_sends_each_gradient_once(flag, comm):
 
 @pytest.mark.parametrize(("name", "devices"), [("gpu16-hosts2", 16), ("gpu64-fsdp-tensor", 64)])
 def test_a_cluster_s_run_is_planned_without_it(monkeypatch, capsys, name, devices):
-    planned = Rehearsal(devices, parameters=1, state_bytes=1, work_bytes=1, collectives=[])
+    planned = Rehearsal(
+        devices, parameters=1, state_bytes=1, work_bytes=1, attention="cudnn", collectives=[]
+    )
     monkeypatch.setattr(rehearsal, "rehearse", lambda config: planned)
     assert main(["--plan", f"--config={ROOT}/configs/{name}.toml"]) == 0
     output, errors = capsys.readouterr()
-    assert f"on each of {devices} devices" in output and errors == ""
+    assert f"on each of {devices} devices" in output and "attention by cudnn" in output
+    assert re.fullmatch(r"llama\w+ in fp4 on [a-z=,\d]+: dividing the step\n", errors)
 
 
 def test_without_the_cluster_every_size_is_needed():

@@ -1,5 +1,6 @@
 """A model out of a run's directory computes what the run's own evaluation does."""
 
+import logging
 import shutil
 from contextlib import closing
 
@@ -38,6 +39,14 @@ def test_the_model_is_the_runs(run_dir, step):
     found = nnx.jit(lambda model: model.loss(batch[:, :-1], batch[:, 1:]))(model)
     # The same products; the mean of 32 losses may be added up in another order.
     assert float(found) == pytest.approx(float(expected), rel=2 * 31 * 2.0**-24)
+
+
+def test_a_sound_checkpoint_is_read_without_a_word(run_dir, caplog, monkeypatch):
+    logger = logging.getLogger("absl")
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.setLevel(logging.WARNING)  # a run of this process has it silent
+    load_model(run_dir)
+    assert caplog.records == [] and logger.level == logging.WARNING
 
 
 def test_step_0_is_a_step(run_dir, tmp_path):
