@@ -273,6 +273,7 @@ class TrainConfig:
         )
         _require_processes(self.coordinator, self.num_processes, self.process_id)
         _require(self.data != "", "data", "''", '"pystdlib" or a path')
+        _require(self.run_dir != "", "run_dir", "''", "a directory")
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a positive number")
         _require(self.profile >= 0, "profile", self.profile, ">= 0")
@@ -415,8 +416,15 @@ def parse_flags(cls: type[Any], args: Sequence[str], program: str, default: Any 
             raise
         raise UserError(f"{_first_paragraph(messages.getvalue())}; see {program} --help") from None
     if unknown:
+        flags = _flags(cls, default)
+        for flag, _, value in (arg.partition("=") for arg in args):
+            if value == unknown[0] and flag in flags:  # a switch, whose value was taken for another
+                group, _, name = flag.removeprefix("--").rpartition(".")
+                off = f"--{group}.no_{name}" if group else f"--no_{name}"
+                switches = " or ".join(f for f in (flag, off) if f in flags)
+                raise UserError(f"{flag}={value}; expected {switches}, without a value")
         flag = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(flag, _flags(cls, default), n=2)
+        near = difflib.get_close_matches(flag, flags, n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"unknown argument {unknown[0]!r}; {hint}see {program} --help")
     return config

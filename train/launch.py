@@ -42,7 +42,11 @@ them, whose launcher is about to tell."""
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs until the run is done; returns the exit status of the last attempt."""
-    parser = argparse.ArgumentParser(prog="python -m train.launch", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m train.launch",
+        epilog="all other flags are train.main's, --run_dir among them",
+        allow_abbrev=False,
+    )
     parser.add_argument("--processes", type=int, help="started here; by default one, as flags say")
     parser.add_argument("--restarts", type=int, default=10, help="most times it is started again")
     own, flags = parser.parse_known_args(args)

@@ -104,7 +104,8 @@ def _run(config: TrainConfig) -> int:
     def serve() -> str:
         try:
             with placed.in_force():
-                return str(ffi.backends())
+                whole = "tensor" in (config.quantization.x_scale, config.quantization.w_scale)
+                return f"{ffi.backends()}{'; scales of whole tensors by xla' if whole else ''}"
         except (RuntimeError, ValueError) as error:
             raise UserError(str(error)) from None
 

@@ -107,7 +107,8 @@ def test_without_the_cluster_every_size_is_needed():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: coordinator=auto could not be joined: ")
+    none = "no cluster of SLURM's or of TPUs is found; elsewhere give HOST:PORT"
+    assert error.startswith(f"error: coordinator=auto could not be joined: {none}")
     assert error.endswith("; to plan for it elsewhere, give every size of --mesh")
 
 
