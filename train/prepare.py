@@ -14,7 +14,6 @@ The same text and flags give the same bytes. OUT appears whole or not at all.
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from train.data import FORMAT_VERSION, encode, little_endian
 from train.documents import SPLITS, Documents, Split
 from train.errors import UserError
 from train.progress import progress
+from train.whole import check_new, written_whole
 
 _DEFAULT_VOCAB_SIZE = 32_000
 _MIN_VOCAB_SIZE = 257  # Every byte and the end of a document.
@@ -84,12 +84,11 @@ def prepare(config: Config) -> str:
             Nothing is left behind.
     """
     out = Path(config.out).resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out={out} exists and is not empty; give another, or remove it")
+    check_new(out)
     if config.tokenizer is not None:
         tokenizer_lib.load(config.tokenizer)  # A mistake shows before the text is read.
     documents = Documents(config.data)
-    with _written_whole(out) as directory:
+    with written_whole(out) as directory:
         tokenizer = _tokenizer(config, documents, directory)
         writers = {split: _ShardWriter(directory, split, config.shard_tokens) for split in SPLITS}
         with contextlib.closing(writers["train"]), contextlib.closing(writers["valid"]):
@@ -116,24 +115,6 @@ def prepare(config: Config) -> str:
         f"{documents.counts['train']:,} documents for training and {documents.counts['valid']:,} "
         f"for validation, split by {documents.rule}"
     )
-
-
-@contextlib.contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    """Gives a directory beside `out` that takes its name at the end, or is removed on failure."""
-    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        # Reading raises UserError, so this is the writing.
-        raise UserError(
-            f"--out={out} cannot be written ({error.strerror}); make room, or give another"
-        ) from error
 
 
 def _tokenizer(config: Config, documents: Documents, directory: Path) -> tokenizer_lib.Tokenizer:

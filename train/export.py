@@ -1,0 +1,179 @@
+"""``python -m train.export``: what a run has trained, in the files of Hugging Face's Llama.
+
+A file of weights a layer, in safetensors, their index, config.json, and the tokenizer where it has
+one of its own. Weights are the master weights: what reads these files computes without the recipe,
+and so in more bits than the model was trained in.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jfp4.models.config import LlamaConfig
+from train import rundir
+from train.config import parse_flags, report_error
+from train.errors import UserError
+from train.progress import progress
+from train.tokenizer import load
+from train.trained import load_model
+from train.whole import check_new, written_whole
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Writes the model of a run for programs that read Hugging Face's Llama."""
+
+    run_dir: str
+    """Run directory of train.main."""
+
+    out: str
+    """Directory to write; it must not exist or be empty."""
+
+    step: int | None = None
+    """Step of the checkpoint; None takes the newest."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What weights are written in, rounded to nearest."""
+
+
+def export(config: Config) -> str:
+    """Writes the files; returns what to tell the user.
+
+    Raises:
+        UserError: there is no such run, the directory is not empty, its disk has no room, or a
+            weight is no finite number of the dtype.
+    """
+    out, dtype = Path(config.out).resolve(), jnp.dtype(config.dtype)
+    check_new(out)
+    model = load_model(config.run_dir, config.step)
+    about = rundir.read(Path(config.run_dir))["config"]
+    tokenizer = _tokenizer(about)
+    eod = load("bytes" if tokenizer is None else str(tokenizer)).eod
+    state = nnx.state(model, nnx.Param)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state))
+    weights: dict[str, str] = {}
+    files = model.config.num_layers + 1
+    with written_whole(out) as directory, progress("writing", files) as advance:
+        for i, tensors in enumerate(_files(nnx.to_pure_dict(state), model.config), 1):
+            name = f"model-{i:05}-of-{files:05}.safetensors"
+            cast = {key: _cast(key, x, dtype) for key, x in tensors.items()}
+            save_file(cast, directory / name, metadata={"format": "pt"})
+            weights |= dict.fromkeys(tensors, name)
+            advance(1)
+        index = {"metadata": {"total_size": count * dtype.itemsize}, "weight_map": weights}
+        _write(directory / "model.safetensors.index.json", index)
+        described = _described(model.config, config.dtype, about["seq_len"], eod)
+        _write(directory / "config.json", described)
+        if tokenizer is not None:
+            shutil.copy(tokenizer, directory / "tokenizer.json")
+    ids = f"bytes, {eod} ending a text" if tokenizer is None else "those of tokenizer.json"
+    return f"{out}: {count:,} parameters in {config.dtype}; token ids are {ids}"
+
+
+def _files(params: Any, c: LlamaConfig) -> Iterator[Tensors]:
+    """Tensors of each file, by their names there: of every layer, and of what is outside of them.
+
+    There a matrix is [out, in], and queries, keys and values, and gate and up, have one each.
+    """
+    for i in range(c.num_layers):
+        block = jax.tree.map(lambda stack, i=i: np.asarray(stack[i]), params["layers"])
+        attention, mlp = block["attention"], block["mlp"]
+        group = c.num_heads // c.num_kv_heads
+        qkv = attention["qkv_proj"]["kernel"].reshape(c.embed_dim, c.num_kv_heads, -1, c.head_dim)
+        q, k, v = np.split(qkv, (group, group + 1), axis=2)
+        gate_up = mlp["gate_up_proj"]["kernel"].reshape(c.embed_dim, -1, 2)
+        matrices = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": attention["o_proj"]["kernel"],
+            "mlp.gate_proj": gate_up[..., 0],
+            "mlp.up_proj": gate_up[..., 1],
+            "mlp.down_proj": mlp["down_proj"]["kernel"],
+        }
+        yield {
+            f"model.layers.{i}.input_layernorm.weight": block["attention_norm"]["scale"],
+            f"model.layers.{i}.post_attention_layernorm.weight": block["mlp_norm"]["scale"],
+        } | {
+            f"model.layers.{i}.{name}.weight": matrix.reshape(len(matrix), -1).T
+            for name, matrix in matrices.items()
+        }
+    outside = {
+        "model.embed_tokens.weight": np.asarray(params["embed"]["embedding"]),
+        "model.norm.weight": np.asarray(params["norm"]["scale"]),
+    }
+    if not c.tied_head:
+        outside["lm_head.weight"] = np.asarray(params["lm_head"]["kernel"]).T
+    yield outside
+
+
+def _cast(name: str, x: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(x.astype(dtype))
+    if not np.isfinite(cast.astype(np.float32)).all():
+        raise UserError(f"{name} has what is no finite number in {dtype}; choose another --dtype")
+    return cast
+
+
+def _described(c: LlamaConfig, dtype: str, seq_len: int, eod: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.embed_dim,
+        "intermediate_size": c.mlp_dim,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "max_position_embeddings": seq_len,
+        "tie_word_embeddings": c.tied_head,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": eod,
+    }
+
+
+def _tokenizer(about: dict[str, Any]) -> Path | None:
+    """The tokenizer.json of a run; None of one whose tokens are bytes."""
+    named, data = about["tokenizer"], Path(about["data"])
+    if named not in (None, "bytes"):
+        return Path(named)
+    of_shards = data / "tokenizer.json"
+    return of_shards if named is None and of_shards.is_file() else None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the program; returns the exit status: 0, or 2 after a mistake of the user's."""
+    try:
+        argv = sys.argv[1:] if args is None else args
+        print(export(parse_flags(Config, argv, "python -m train.export")))
+    except UserError as error:
+        return report_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
