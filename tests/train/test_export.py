@@ -99,6 +99,16 @@ def test_weights_are_rounded_once(run_dir, tmp_path):
         np.testing.assert_array_equal(x, wide[name].astype(ml_dtypes.bfloat16))
 
 
+def test_a_weight_that_the_dtype_does_not_have(run_dir, tmp_path, capsys, monkeypatch):
+    model = load_model(run_dir)
+    model.norm.scale[...] = 1e6 * model.norm.scale[...]
+    monkeypatch.setattr("train.export.load_model", lambda *_: model)
+    assert main([f"--run_dir={run_dir}", f"--out={tmp_path}/out", "--dtype=float16"]) == 2
+    message = "model.norm.weight has what is no finite number in float16; choose another --dtype"
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_cannot_be_written(run_dir, tmp_path, capsys):
     (tmp_path / "there").write_text("")
     for flags, message in (
