@@ -81,6 +81,7 @@ def huggingface_llama(tensors, c, ids):
     return norm(x, "model.norm.weight") @ w[name].T
 
 
+@pytest.mark.slow
 def test_the_model_is_the_runs(run_dir, tmp_path):
     tensors, config = exported(run_dir, tmp_path / "out", "--dtype=float32")
     assert ("lm_head.weight" in tensors) is not config["tie_word_embeddings"]

@@ -139,6 +139,7 @@ def test_bytes_kept_a_token_a_layer(remat, load, monkeypatch):
     assert three - two == expected[remat] * 3 * 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_only_xlas_attention_keeps_scores(remat):
     """What cuDNN's keeps, and all else, grows by as much for every token."""
@@ -153,9 +154,9 @@ def test_only_xlas_attention_keeps_scores(remat):
     assert np.ptp(np.diff(of_cudnn)) == 0
     c = MODELS["llama60m"]
     layers = c.num_layers if remat == "none" else 1
-    for n, cudnn in zip(lengths, of_cudnn, strict=True):
-        # XLA's keeps a number in float32, or more, of every query with every key.
-        assert estimated(n, "xla") - cudnn >= 4 * layers * 2 * c.num_heads * n * n
+    # XLA's keeps a number in float32, or more, of every query with every key.
+    scores = 4 * layers * 2 * c.num_heads * lengths[-1] ** 2
+    assert estimated(lengths[-1], "xla") - of_cudnn[-1] >= scores
 
 
 def plan_of(**changes):
