@@ -36,6 +36,7 @@ def exported(run_dir, out, *flags):
         assert all(index["weight_map"][key] == name for key in found)
         tensors |= found
     assert tensors.keys() == index["weight_map"].keys()
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     assert sum(x.nbytes for x in tensors.values()) == index["metadata"]["total_size"]
     return tensors, json.loads((out / "config.json").read_text())
 
