@@ -418,9 +418,10 @@ def parse_flags(cls: type[Any], args: Sequence[str], program: str, default: Any 
     if unknown:
         flags = _flags(cls, default)
         for flag, _, value in (arg.partition("=") for arg in args):
-            if value == unknown[0] and flag in flags:  # a switch, whose value was taken for another
-                group, _, name = flag.removeprefix("--").rpartition(".")
-                off = f"--{group}.no_{name}" if group else f"--no_{name}"
+            group, _, name = flag.removeprefix("--").rpartition(".")
+            off = f"--{group}.no_{name}" if group else f"--no_{name}"
+            # A switch, whose value was taken for an argument of its own.
+            if value == unknown[0] and flag in flags and (off in flags or name in _ONLY_ON):
                 switches = " or ".join(f for f in (flag, off) if f in flags)
                 raise UserError(f"{flag}={value}; expected {switches}, without a value")
         flag = unknown[0].split("=")[0]

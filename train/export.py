@@ -53,8 +53,9 @@ def export(config: Config) -> str:
     """Writes the files; returns what to tell the user.
 
     Raises:
-        UserError: there is no such run, the directory is not empty, its disk has no room, or a
-            weight is no finite number of the dtype.
+        UserError: there is no such run, or no longer the data that its tokenizer is in, the
+            directory is not empty, its disk has no room, or a weight is no finite number of the
+            dtype.
     """
     out, dtype = Path(config.out).resolve(), jnp.dtype(config.dtype)
     check_new(out)
@@ -156,10 +157,12 @@ def _described(c: LlamaConfig, dtype: str, seq_len: int, eod: int) -> dict[str, 
 def _tokenizer(about: dict[str, Any]) -> Path | None:
     """The tokenizer.json of a run; None of one whose tokens are bytes."""
     named, data = about["tokenizer"], Path(about["data"])
-    if named not in (None, "bytes"):
-        return Path(named)
+    if named is not None or str(data) == "pystdlib":
+        return None if named in (None, "bytes") else Path(named)
+    if not data.exists():  # else its ids would be taken for bytes
+        raise UserError(f"data={data} of the run is not there, and so may be its tokenizer")
     of_shards = data / "tokenizer.json"
-    return of_shards if named is None and of_shards.is_file() else None
+    return of_shards if of_shards.is_file() else None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 int64_t StripsOf(const QuantizeInput& in) { return in.batch * CeilDiv(in.cols, kPieceCols); }
 
 template <DType kType, Format kFormat, Clip kClip>
-cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream, bool* launched) {
+cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
   constexpr CUtensorMapDataType kMapType = kType == DType::kBF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                            : kType == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
@@ -331,17 +331,15 @@ cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream, bool*
   // take all its strips when the others are done with theirs.
   int clusters;
   error = ClustersAtOnce(reinterpret_cast<const void*>(kernel), config, &clusters);
-  if (error != cudaSuccess || clusters == 0) return error;
-  *launched = true;
+  if (error != cudaSuccess) return error;
+  if (clusters == 0) return cudaErrorLaunchOutOfResources;
   config.gridDim.x = std::min<int64_t>(clusters, StripsOf(in)) * kCluster;
   return cudaLaunchKernelEx(&config, kernel, map, args, slots);
 }
 
-// `launched` becomes whether a device, or the part of one that there is, has room for a cluster.
-cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream, bool* launched) {
-  *launched = false;
+cudaError_t LaunchStrips(const QuantizeColumns& args, cudaStream_t stream) {
   return WithAll(args.in.type, args.format, args.outliers, [&](auto type, auto format, auto clip) {
-    return LaunchStrips<type(), format(), clip()>(args, stream, launched);
+    return LaunchStrips<type(), format(), clip()>(args, stream);
   });
 }
 
@@ -358,9 +356,7 @@ cudaError_t LaunchQuantizeColumns(const QuantizeColumns& args, cudaStream_t stre
   if (in.batch == 0) return cudaSuccess;
   if (HasVectors(in, args.codes, nullptr) && HasGroups(in, args.codes_t, args.packed_t) &&
       HasCoordinates(in) && IsAligned(args.amax, alignof(TileCounter))) {
-    bool launched;
-    const cudaError_t error = LaunchStrips(args, stream, &launched);
-    if (error != cudaSuccess || launched) return error;
+    return LaunchStrips(args, stream);
   }
   Any any = {in, args.outliers, args.format};
   any.col_scale = args.scale;

@@ -74,6 +74,10 @@ def test_chunks_of_a_quantised_head(refuses):
     assert "loss_chunk=64 with 2048 tokens and a quantised lm_head" in refuses(*flags)
 
 
+def test_only_switches_are_told_to_have_no_value(refuses):
+    assert "unknown argument 'shards'; see" in refuses("--data=shards", "shards")
+
+
 def tiny(data, *flags):
     return (*TINY, f"--data={data}", "--run_dir=run", *flags)
 
