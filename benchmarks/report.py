@@ -253,7 +253,6 @@ def lessons(loss: dict[str, Any]) -> str:
     """
     runs_of = _by_variant(loss)
     gap = {variant: statistics.mean(_gaps(loss, variant)) for variant in runs_of}
-    seeds = noise(loss)
     norm = {
         variant: statistics.mean(run["grad_norm"] for run in runs)
         for variant, runs in runs_of.items()
@@ -271,12 +270,13 @@ def lessons(loss: dict[str, Any]) -> str:
         }
     )
     lines = [
-        f"BF16 itself moves by {seeds:.4f} nats (standard deviation) from seed to seed.",
-        f"FP8 with the same scaling {_costs(gap['fp8'], seeds)}.",
-        f"The bare cast to FP4 {_costs(gap['fp4_cast'], seeds)}; clamping and compensating "
-        f"outliers brings that to {gap['cast + OCC']:+.4f}.",
-        f"DGE moves the loss by {gap['cast + DGE'] - gap['fp4_cast']:+.4f} without OCC and by "
-        f"{gap['fp4'] - gap['cast + OCC']:+.4f} with it. That is larger than the whole cost of "
+        f"BF16 itself moves by {noise(loss):.4f} nats (standard deviation) from seed to seed; "
+        "differences below are of runs with the same seed, with their own standard deviation.",
+        f"FP8 with the same scaling is {_apart(loss, 'fp8', 'bf16')} from BF16.",
+        f"The bare cast to FP4 is {_apart(loss, 'fp4_cast', 'bf16')}, and with outliers clamped "
+        f"and compensated {_apart(loss, 'cast + OCC', 'bf16')}.",
+        f"DGE moves the loss by {_apart(loss, 'cast + DGE', 'fp4_cast')} without OCC and by "
+        f"{_apart(loss, 'fp4', 'cast + OCC')} with it. That is larger than the whole cost of "
         "the cast, so it cannot be a better gradient of the rounding alone: DGE multiplies every "
         "weight's gradient by a slope that changes from step to step, and the median gradient "
         f"norm goes from {norm['cast + OCC']:.2f} to {norm['fp4']:.2f}. Clipping acts on few "
@@ -285,7 +285,7 @@ def lessons(loss: dict[str, Any]) -> str:
         f"The sweep shows it: fp4 less bf16, with one seed, is {_gap_words(loss['sweep'])}. The "
         "gap falls as the learning rate rises: fp4 stands higher rates than BF16 does.",
         _closing(loss),
-        f"The mean shift moves the loss of fp4 by {gap['fp4 + mean shift'] - gap['fp4']:+.4f}.",
+        f"The mean shift moves the loss of fp4 by {_apart(loss, 'fp4 + mean shift', 'fp4')}.",
     ]
     if gap["fp4"] < 0:
         lines.append(
@@ -413,10 +413,9 @@ def _spread(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} ± {spread:.4f}"
 
 
-def _costs(gap: float, noise: float) -> str:
-    if abs(gap) <= noise:
-        return f"is within that of BF16 ({gap:+.4f})"
-    return f"{'costs' if gap > 0 else 'gains'} {abs(gap):.4f}"
+def _apart(loss: dict[str, Any], variant: str, other: str) -> str:
+    pairs = zip(_gaps(loss, variant), _gaps(loss, other), strict=True)
+    return _spread([a - b for a, b in pairs], "+.4f")
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
