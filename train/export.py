@@ -1,8 +1,8 @@
 """``python -m train.export``: what a run has trained, in the files of Hugging Face's Llama.
 
-A file of weights a layer, in safetensors, their index, config.json, and the tokenizer where it has
-one of its own. Weights are the master weights: what reads these files computes without the recipe,
-and so in more bits than the model was trained in.
+A file of weights a layer, in safetensors, their index, config.json, and the tokenizer and what it
+is where the run has one of its own. Weights are the master weights: what reads these files computes
+without the recipe, and so in more bits than the model was trained in.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from train import rundir
 from train.config import parse_flags, report_error
 from train.errors import UserError
 from train.progress import progress
-from train.tokenizer import load
+from train.tokenizer import EOD, load
 from train.trained import load_model
 from train.whole import check_new, written_whole
 
@@ -81,6 +81,9 @@ def export(config: Config) -> str:
         _write(directory / "config.json", described)
         if tokenizer is not None:
             shutil.copy(tokenizer, directory / "tokenizer.json")
+            # Without it a Llama's own tokenizer would be made of that file.
+            described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD}
+            _write(directory / "tokenizer_config.json", described)
     ids = f"bytes, {eod} ending a text" if tokenizer is None else "those of tokenizer.json"
     return f"{out}: {count:,} parameters in {config.dtype}; token ids are {ids}"
 

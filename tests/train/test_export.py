@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import tokenizers
 from safetensors import numpy as safetensors
 
+from train import prepare
 from train.export import main
-from train.tokenizer import EOD
+from train.tokenizer import EOD, load
 from train.trained import load_model
 
 FLAGS = (
@@ -20,6 +20,12 @@ FLAGS = (
     "--steps=3",
     "--checkpoint.every=1",
     "--checkpoint.keep=2",
+)
+TEXTS = (
+    "Two  spaces and\n\n\ta tab.",
+    " led by a space",
+    "caf\u00e9 \u6f22\u5b57",
+    "the end, the end",
 )
 
 
@@ -97,6 +103,21 @@ def test_the_model_is_the_runs(run_dir, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=0, atol=64 * 2.0**-24 * np.abs(expected).max())
 
 
+@pytest.mark.slow
+def test_transformers_reads_it(run_dir, tmp_path):
+    """The library whose files these are, where it is installed with PyTorch."""
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    exported(run_dir, tmp_path / "out", "--dtype=float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(0, 257, (2, 16))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    found = np.asarray(load_model(run_dir)(jnp.asarray(ids)))
+    # Both are off by as much as the test above allows one.
+    bound = 128 * 2.0**-24 * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+
+
 def test_weights_are_rounded_once(run_dir, tmp_path):
     wide, _ = exported(run_dir, tmp_path / "wide", "--dtype=float32", "--step=2")
     narrow, config = exported(run_dir, tmp_path / "narrow", "--step=2")
@@ -124,18 +145,37 @@ def test_data_that_is_no_longer_there_is_not_taken_for_bytes(run_dir, tmp_path, 
     assert "data=gone of the run is not there" in capsys.readouterr().err
 
 
-def test_the_tokenizer_of_shards_goes_along(run_dir, tmp_path):
-    moved, shards = shutil.copytree(run_dir, tmp_path / "run"), tmp_path / "shards"
-    shards.mkdir()
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
-    tokenizer.add_special_tokens([EOD])
-    tokenizer.save(str(shards / "tokenizer.json"))
+@pytest.fixture(scope="module")
+def of_shards(run_dir, tmp_path_factory):
+    """What is exported of a run on shards, and their tokenizer.json."""
+    at = tmp_path_factory.mktemp("of_shards")
+    (at / "text.txt").write_text("\n\n".join(TEXTS))
+    shards, moved = at / "shards", shutil.copytree(run_dir, at / "run")
+    assert prepare.main([f"--data={at}/text.txt", f"--out={shards}", "--vocab_size=300"]) == 0
     about = json.loads((moved / "config.json").read_text())
     about["config"]["data"] = str(shards)
     (moved / "config.json").write_text(json.dumps(about))
-    _, config = exported(moved, tmp_path / "out")
-    copy, own = ((at / "tokenizer.json").read_bytes() for at in (tmp_path / "out", shards))
-    assert copy == own and config["eos_token_id"] == 2
+    exported(moved, at / "out")
+    return at / "out", shards / "tokenizer.json"
+
+
+def test_the_tokenizer_of_shards_goes_along(of_shards):
+    out, own = of_shards
+    assert (out / "tokenizer.json").read_bytes() == own.read_bytes()
+    described = json.loads((out / "tokenizer_config.json").read_text())
+    assert described == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD}
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == load(str(own)).eod
+
+
+def test_transformers_reads_the_tokenizer(of_shards):
+    """The ids of a text are the trainer's, where that library is installed."""
+    transformers = pytest.importorskip("transformers")
+    out, own = of_shards
+    read, ours = transformers.AutoTokenizer.from_pretrained(out), load(str(own))
+    assert (read.eos_token, read.eos_token_id) == (EOD, ours.eod)
+    for text in TEXTS:
+        ids = read(text)["input_ids"]
+        assert ids == ours.encode(text).tolist() and read.decode(ids) == text
 
 
 def test_what_cannot_be_written(run_dir, tmp_path, capsys):
