@@ -34,12 +34,15 @@ class Corpus:
         tokenizer: What made the ids.
         fingerprint: SHA-256 in hexadecimal of the tokenizer and all the ids, shard by shard; a run
             is resumed only on data with the fingerprint it began with.
+        split: What went to training and what to validation, in words; nothing for shards, of which
+            train.prepare said it.
     """
 
     train: Tokens
     valid: Tokens
     tokenizer: Tokenizer
     fingerprint: str
+    split: str = ""
 
 
 def load(
@@ -96,26 +99,34 @@ def encode(
 ) -> Iterator[tuple[Split, npt.NDArray[np.unsignedinteger]]]:
     """Yields each document's split and ids, ended by eod, in the order of the documents.
 
-    A few megabytes of text are held at a time, or one document where that is larger.
+    A document is held at a time, and of what the tokenizer makes of text, some hundred times as
+    many bytes, a few megabytes' or a piece's (``Tokenizer.pieces``) where that is larger.
     """
     eod = np.array([tokenizer.eod], tokenizer.dtype)
+    parts: list[npt.NDArray[np.unsignedinteger]] = []
     with progress("encoding", sum(documents.text_bytes.values())) as advance:
-        for batch in _batched(documents):
-            texts = [text for _, text in batch]
-            for (split, _), ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
-                yield split, np.concatenate([ids, eod])
+        for batch in _batched(documents, tokenizer):
+            texts = [text for _, text, _ in batch]
+            for (split, _, last), ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+                parts.append(ids)
+                if last:
+                    yield split, np.concatenate([*parts, eod])
+                    parts = []
             advance(sum(len(text.encode()) for text in texts))
 
 
-def _batched(documents: Documents) -> Iterator[list[tuple[Split, str]]]:
-    batch: list[tuple[Split, str]] = []
+def _batched(documents: Documents, tokenizer: Tokenizer) -> Iterator[list[tuple[Split, str, bool]]]:
+    """Yields pieces of documents, and whether each is its document's last, by the batch."""
+    batch: list[tuple[Split, str, bool]] = []
     chars = 0
-    for split, text in documents:
-        batch.append((split, text))
-        chars += len(text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
+    for split, document in documents:
+        pieces = tokenizer.pieces(document)
+        for number, text in enumerate(pieces, 1):
+            batch.append((split, text, number == len(pieces)))
+            chars += len(text)
+            if chars >= _BATCH_CHARS:
+                yield batch
+                batch, chars = [], 0
     if batch:
         yield batch
 
@@ -127,7 +138,8 @@ def little_endian(ids: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.unsign
 
 def _load_text(data: str, tokenizer: Tokenizer) -> Corpus:
     parts: dict[Split, list[npt.NDArray[np.unsignedinteger]]] = {split: [] for split in SPLITS}
-    for split, ids in encode(Documents(data), tokenizer):
+    documents = Documents(data)
+    for split, ids in encode(documents, tokenizer):
         parts[split].append(ids)
     joined = {split: np.concatenate(parts.pop(split)) for split in SPLITS}
     shards = {
@@ -139,6 +151,7 @@ def _load_text(data: str, tokenizer: Tokenizer) -> Corpus:
         valid=Tokens([joined["valid"]]),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(tokenizer, shards),
+        split=str(documents),
     )
 
 
@@ -176,6 +189,11 @@ def _load_prepared(directory: Path, wanted: str | None, share: tuple[int, int]) 
             f"the tokenizer of {directory} has SHA-256 {tokenizer.fingerprint} and {fingerprint} "
             "is expected; prepare the data again"
         )
+    if dtype != tokenizer.dtype.newbyteorder("<"):
+        raise UserError(
+            f"{path} is damaged (dtype is {meta['dtype']} and the tokenizer's ids are "
+            f"{tokenizer.dtype}); prepare the data again"
+        )
     if wanted is not None and tokenizer_lib.load(wanted).fingerprint != fingerprint:
         raise UserError(
             f"{directory} was prepared with another tokenizer than {wanted}; leave the tokenizer "
@@ -191,7 +209,7 @@ def _load_prepared(directory: Path, wanted: str | None, share: tuple[int, int]) 
     own = checked[share[0] :: share[1]]
     with progress("checking shards", sum(size for _, size, _ in own)) as advance:
         for file, _, sha256 in own:
-            _check(file, sha256, advance)
+            _check(file, sha256, dtype, tokenizer.vocab_size, advance)
     tokens = {
         split: Tokens([np.memmap(file, dtype, mode="r") for file, _, _ in shards])
         for split, shards in listed.items()
@@ -217,17 +235,29 @@ def _check_size(file: Path, size: int) -> None:
         )
 
 
-def _check(file: Path, sha256: str, advance: Callable[[int], None]) -> None:
-    """Holds a shard against its listed digest, reading a piece at a time."""
-    digest = hashlib.sha256()
+def _check(
+    file: Path,
+    sha256: str,
+    dtype: np.dtype[np.unsignedinteger],
+    vocab_size: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Holds a shard against its listed digest and its ids' bound, reading a piece at a time."""
+    digest, largest = hashlib.sha256(), 0
     with _readable(file), file.open("rb") as shard:
         while piece := shard.read(_READ_BYTES):
             digest.update(piece)
+            largest = max(largest, int(np.frombuffer(piece, dtype).max()))
             advance(len(piece))
     if digest.hexdigest() != sha256:
         raise UserError(
             f"shard {file} has SHA-256 {digest.hexdigest()} and {sha256} is expected; "
             "prepare the data again"
+        )
+    if largest >= vocab_size:
+        raise UserError(
+            f"shard {file} has the id {largest} of a tokenizer with {vocab_size:,}; prepare the "
+            "data again"
         )
 
 

@@ -25,7 +25,10 @@ Split = Literal["train", "valid"]
 SPLITS: tuple[Split, Split] = ("train", "valid")
 
 _VALID_SHARE = 0.05
-_NAMED_SPLIT = re.compile(r"(train|val(?:id(?:ation)?)?)(?![a-z])")  # Not trainer or validate.py.
+# Not trainer, validate.py or device.
+_NAMED_SPLIT = re.compile(
+    r"(train(?:ing)?|val(?:id(?:ation)?)?|dev)(?:set)?(?![a-z])", re.IGNORECASE
+)
 _STDLIB_MIN_CHARS = 200
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -33,8 +36,9 @@ _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 class Documents:
     """The documents at a path, in a fixed order, each with its split; can be read many times.
 
-    Where a directory has files named train* and valid* (or val*), such as train-00000.jsonl and
-    valid.txt, or has all files in directories so named, the names decide the split. Elsewhere the
+    Where a directory has files named train or training and valid, validation, val or dev, such as
+    train-00000.jsonl and valid.txt, or has all files in directories so named, the names decide the
+    split; capitals, and what follows that is no letter, make no difference. Elsewhere the
     SHA-256 of a document's text decides: the lowest twentieth is validation, and each split gets at
     least one document. A document that is all there is gives its last twentieth to validation.
     Empty documents are passed over.
@@ -43,13 +47,15 @@ class Documents:
         counts: Documents in each split.
         text_bytes: UTF-8 bytes of text in each split.
         rule: What the split is by: "file names", for example.
+
+    ``str`` of it says in a line what went to training and what to validation, and by what rule.
     """
 
     counts: dict[Split, int]
     text_bytes: dict[Split, int]
     rule: str
 
-    def __init__(self, data: str) -> None:
+    def __init__(self, data: str, *, divide: bool = True) -> None:
         """Reads everything once, to count it and to find the split.
 
         Args:
@@ -58,6 +64,7 @@ class Documents:
                 file names, without what is hidden. Files are .jsonl (a string "text" on each
                 line), .parquet (a string column "text"), .py (in the encoding it declares), and
                 anything else but .json as UTF-8 text, a document a file; all may end in .gz too.
+            divide: Whether there is training. Without, all documents are validation, whole.
 
         Raises:
             UserError: A file cannot be read as what its name says, or a directory not at all or
@@ -72,15 +79,15 @@ class Documents:
             self._min_chars = _STDLIB_MIN_CHARS
         else:
             self._files = _files(Path(data))
-            if (found := _named_splits(self._files, Path(data))) is not None:
-                self.rule, self._named = found
+            if divide:
+                self._read_names(Path(data))
         self._divided = False
-        self._cut = int(_VALID_SHARE * (1 << 256))
+        self._cut = int((_VALID_SHARE if divide else 1) * (1 << 256))
         lowest, highest = self._survey()
         count = sum(self.counts.values())
         if count == 0:
             raise UserError(f"{data} holds no text; give files with documents in them")
-        if 0 not in self.counts.values():
+        if 0 not in self.counts.values() or not divide:
             return
         # Few documents: all fell into one split.
         if self._named:
@@ -96,10 +103,24 @@ class Documents:
         self._cut = highest - 1 if self.counts["train"] == 0 else lowest
         self._survey()
 
+    def _read_names(self, root: Path) -> None:
+        if (found := _named_splits(self._files, root)) is not None:
+            self.rule, self._named = found
+        elif (file := _named_for_validation(self._files, root)) is not None:
+            self.rule += f", not by names: there is {file}, but nothing named train*"
+
     def __iter__(self) -> Iterator[tuple[Split, str]]:
         """Yields the split and the text of each document."""
         for split, _, text in self._read():
             yield split, text
+
+    def __str__(self) -> str:
+        """What the split is: documents, validation's share of the text, and the rule."""
+        share = self.text_bytes["valid"] / sum(self.text_bytes.values())
+        return (
+            f"{self.counts['train']:,} documents for training and {self.counts['valid']:,} for "
+            f"validation ({share:.1%} of the text), split by {self.rule}"
+        )
 
     def _survey(self) -> tuple[int, int]:
         """Counts what there is; returns the lowest and the highest digest of a document."""
@@ -199,9 +220,10 @@ def _named_splits(files: list[Path], root: Path) -> tuple[str, dict[Path, Split]
     for kind, part in (("file", slice(-1, None)), ("directory", slice(-2, None, -1))):
         named: dict[Path, Split] = {}
         for file in files:
-            matches = map(_NAMED_SPLIT.match, file.relative_to(root).parts[part])
-            if match := next(filter(None, matches), None):
-                named[file] = "train" if match[1] == "train" else "valid"
+            for split in map(_named, file.relative_to(root).parts[part]):
+                if split is not None:
+                    named[file] = split
+                    break
         if set(named.values()) == set(SPLITS):
             if len(named) == len(files):
                 return f"{kind} names", named
@@ -214,12 +236,27 @@ def _named_splits(files: list[Path], root: Path) -> tuple[str, dict[Path, Split]
     return None
 
 
+def _named_for_validation(files: list[Path], root: Path) -> Path | None:
+    """The first file, or folder, whose name is validation's, where none decide the split."""
+    parts = ((file, part) for file in files for part in file.relative_to(root).parts)
+    return next((file for file, part in parts if _named(part) == "valid"), None)
+
+
+def _named(name: str) -> Split | None:
+    """The split that the name of a file or of a folder tells, if any."""
+    if (match := _NAMED_SPLIT.match(name)) is None:
+        return None
+    return "train" if match[1].lower().startswith("train") else "valid"
+
+
 def _read(file: Path) -> Iterator[str]:
     """Yields the documents of a file, each sure to be a string that UTF-8 can hold."""
     name = file.name.lower()
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".py": _read_python}
     read = readers.get(Path(name.removesuffix(".gz")).suffix, _read_text)
     try:
+        if name.endswith(".gz") and not file.stat().st_size:  # which gzip reads as no text
+            raise _Unreadable(" is empty, as no gzip file is; write it again or remove it")
         with gzip.open(file) if name.endswith(".gz") else file.open("rb") as stream:
             for place, text in read(stream):
                 if not isinstance(text, str):
@@ -242,12 +279,16 @@ class _Unreadable(Exception):
 
 
 def _read_text(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:
+    content = stream.read()
     try:
-        yield "", stream.read().decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _Unreadable(
             f" is not UTF-8 text (byte {error.start}); convert it or move it elsewhere"
         ) from error
+    if (at := content.find(0)) >= 0:  # an archive, a shard without its meta.json, UTF-16
+        raise _Unreadable(f" is not text (byte {at} is zero); convert it or move it elsewhere")
+    yield "", text
 
 
 def _read_python(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:

@@ -26,7 +26,7 @@ from train.config import parse_flags, report_error
 from train.errors import UserError
 from train.progress import progress
 from train.tokenizer import EOD, load
-from train.trained import load_model
+from train.trained import load_model, tokenizer_of
 from train.whole import check_new, written_whole
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -61,7 +61,7 @@ def export(config: Config) -> str:
     check_new(out)
     model = load_model(config.run_dir, config.step)
     about = rundir.read(Path(config.run_dir))["config"]
-    tokenizer = _tokenizer(about)
+    tokenizer = tokenizer_of(about)
     eod = load("bytes" if tokenizer is None else str(tokenizer)).eod
     state = nnx.state(model, nnx.Param)
     count = sum(leaf.size for leaf in jax.tree.leaves(state))
@@ -155,17 +155,6 @@ def _described(c: LlamaConfig, dtype: str, seq_len: int, eod: int) -> dict[str, 
         "bos_token_id": None,
         "eos_token_id": eod,
     }
-
-
-def _tokenizer(about: dict[str, Any]) -> Path | None:
-    """The tokenizer.json of a run; None of one whose tokens are bytes."""
-    named, data = about["tokenizer"], Path(about["data"])
-    if named is not None or str(data) == "pystdlib":
-        return None if named in (None, "bytes") else Path(named)
-    if not data.exists():  # else its ids would be taken for bytes
-        raise UserError(f"data={data} of the run is not there, and so may be its tokenizer")
-    of_shards = data / "tokenizer.json"
-    return of_shards if of_shards.is_file() else None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

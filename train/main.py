@@ -176,6 +176,8 @@ def _run(config: TrainConfig) -> int:
     if len(set(processes.agreed(load))) > 1:
         raise UserError("processes differ in what --data holds; expected the same for all")
     (corpus,) = corpora
+    if corpus.split:
+        say(corpus.split)
     if config.quantization.quantizes:
         say(served)
     if config.mesh is None and jax.local_device_count() > 1:

@@ -111,9 +111,7 @@ def prepare(config: Config) -> str:
     return (
         f"{out}: {sum(documents.counts.values()):,} documents, {num_tokens:,} tokens of "
         f"{tokenizer.vocab_size:,}, {sum(documents.text_bytes.values()) / num_tokens:.2f} bytes "
-        "per token\n"
-        f"{documents.counts['train']:,} documents for training and {documents.counts['valid']:,} "
-        f"for validation, split by {documents.rule}"
+        f"per token\n{documents}"
     )
 
 

@@ -1,9 +1,11 @@
 """Tokenizers: text to token ids and back, as plain bytes or as a tokenizer.json says."""
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,11 @@ from train.errors import UserError
 
 EOD = "<|endoftext|>"
 """The special token that ends each document. Its text inside a document is encoded as text."""
+
+PIECE = 1 << 18
+"""Characters that a longer text is encoded by, about: an encoding takes some hundred bytes each."""
+
+_CUT = re.compile(r"[ \n][!-~]")  # cut before the space
 
 
 class Tokenizer(Protocol):
@@ -40,6 +47,10 @@ class Tokenizer(Protocol):
         """Returns `encode` of each text, using every core where the library can."""
         ...
 
+    def pieces(self, text: str) -> list[str]:
+        """Returns the text in pieces whose ids, one after another, are those of the text."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         ...
@@ -61,6 +72,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.unsignedinteger]]:
         """Returns `encode` of each text."""
         return [self.encode(text) for text in texts]
+
+    def pieces(self, text: str) -> list[str]:
+        """Returns the text, of which no more is made than its bytes."""
+        return [text]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; an id above 256 raises ValueError."""
@@ -114,6 +129,7 @@ class FileTokenizer:
             np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         )
         self.fingerprint = hashlib.sha256(definition).hexdigest()
+        self._cuts_at_spaces = _cuts_at_spaces(json.loads(definition))
 
     def encode(self, text: str) -> npt.NDArray[np.unsignedinteger]:
         """Returns the ids of `text`."""
@@ -134,9 +150,34 @@ class FileTokenizer:
             )
         return encoded
 
+    def pieces(self, text: str) -> list[str]:
+        """Returns the text, in pieces of some `PIECE` characters where spaces divide its words."""
+        pieces, begin = [], 0
+        while self._cuts_at_spaces and (cut := _CUT.search(text, begin + PIECE)):
+            pieces.append(text[begin : cut.start()])
+            begin = cut.start()
+        return [*pieces, text[begin:]]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`."""
         return self._inner.decode([int(id) for id in ids], skip_special_tokens=False)
+
+
+def _cuts_at_spaces(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer makes the same ids of a text and of its pieces, cut where `_CUT` says.
+
+    GPT-2's splitting into words, which byte-level tokenizers have by default, has a word of all
+    spaces but the last before what is none, and that one begins the next word or is one: so there
+    is a word's end before it, in the text as at a piece's end. A normaliser, a token added to the
+    model's or a space put before a text may have it otherwise.
+    """
+    words = definition.get("pre_tokenizer") or {}
+    return (
+        (words.get("type"), words.get("use_regex", True)) == ("ByteLevel", True)
+        and not words.get("add_prefix_space", True)
+        and definition.get("normalizer") is None
+        and all(token["special"] for token in definition.get("added_tokens", []))
+    )
 
 
 def load(name: str) -> Tokenizer:

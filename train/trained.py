@@ -1,8 +1,9 @@
-"""The model that a run has trained, out of its directory."""
+"""The model that a run has trained, out of its directory, and its tokenizer."""
 
 import contextlib
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -10,6 +11,7 @@ from flax import nnx
 
 from jfp4 import master
 from jfp4.models.llama import Llama
+from jfp4.recipe import RECIPES
 from train import rundir
 from train.checkpoint import check_holds, named_leaves, orbax_silent
 from train.config import from_dict
@@ -17,7 +19,7 @@ from train.errors import UserError
 from train.step import Trainer
 
 
-def load_model(run_dir: str | Path, step: int | None = None) -> Llama:
+def load_model(run_dir: str | Path, step: int | None = None, *, quantize: bool = True) -> Llama:
     """The model of a run's checkpoint, on the default device, to be evaluated or trained on.
 
     Of the checkpoint parameters and calibration alone are read. Parameters are float32 values
@@ -27,6 +29,7 @@ def load_model(run_dir: str | Path, step: int | None = None) -> Llama:
     Args:
         run_dir: of ``train.main``.
         step: of the checkpoint; None is the newest.
+        quantize: compute as the run's recipe says; without, nothing is quantised.
 
     Raises:
         UserError: there is no such run, or no such checkpoint, or it cannot be read.
@@ -38,7 +41,10 @@ def load_model(run_dir: str | Path, step: int | None = None) -> Llama:
     if not steps or step not in (None, *steps):
         found = ", ".join(map(str, steps)) or "none"
         raise UserError(f"step={step} is not among the checkpoints of {run_dir}: {found}")
-    trainer = Trainer(from_dict(rundir.read(run_dir)["config"]))
+    config = from_dict(rundir.read(run_dir)["config"])
+    if not quantize:
+        config = dataclasses.replace(config, recipe="bf16", quantization=RECIPES["bf16"])
+    trainer = Trainer(config)
     abstract = jax.eval_shape(trainer.init)
     part = dataclasses.replace(abstract, step=None, opt_state=None, loss_scale=None)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -59,3 +65,18 @@ def load_model(run_dir: str | Path, step: int | None = None) -> Llama:
     model: Llama = nnx.merge(trainer.graph, jax.tree.map(master.decode, state.params), state.stats)
     model.eval()
     return model
+
+
+def tokenizer_of(about: dict[str, Any]) -> Path | None:
+    """The tokenizer.json of a run by its configuration; None of one whose tokens are bytes.
+
+    Raises:
+        UserError: the data of the run is not there, which it may be in.
+    """
+    named, data = about["tokenizer"], Path(about["data"])
+    if named is not None or str(data) == "pystdlib":
+        return None if named in (None, "bytes") else Path(named)
+    if not data.exists():  # else its ids would be taken for bytes
+        raise UserError(f"data={data} of the run is not there, and so may be its tokenizer")
+    of_shards = data / "tokenizer.json"
+    return of_shards if of_shards.is_file() else None

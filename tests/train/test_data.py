@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import sysconfig
@@ -20,7 +21,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from train import batches, data, documents, prepare
+from train import tokenizer as tokenizer_lib
 from train.errors import UserError
+from train.tokenizer import FileTokenizer
 
 TEXTS = [f"Document {i}: naïve café № {i * i}.\r\n" + "déjà vu\n" * (i % 7) for i in range(60)]
 
@@ -49,6 +52,11 @@ def documents_of(tokens: batches.Tokens, corpus: data.Corpus) -> list[str]:
 def split_of(path: Path) -> tuple[list[str], list[str]]:
     corpus = data.load(str(path), seq_len=4, batch_size=1)
     return documents_of(corpus.train, corpus), documents_of(corpus.valid, corpus)
+
+
+def _encoded(path: Path, tokenizer: str) -> list[list[int]]:
+    files = documents.Documents(str(path))
+    return [ids.tolist() for _, ids in data.encode(files, tokenizer_lib.load(tokenizer))]
 
 
 @pytest.fixture
@@ -191,6 +199,34 @@ class TestDocuments:
         (tmp_path / "a.py").write_bytes(source.encode("latin-1"))
         assert "".join(text for _, text in documents.Documents(str(tmp_path))) == source
 
+    def test_the_mark_of_utf_8_is_no_text(self, tmp_path: Path) -> None:
+        for i, text in enumerate(("a first", "a second")):
+            (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8-sig")
+        assert sorted(chain(*split_of(tmp_path))) == ["a first", "a second"]
+
+    def test_a_long_document_is_encoded_by_the_piece(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text, out = tmp_path / "text", tmp_path / "out"
+        text.mkdir()
+        for name in ("train.txt", "valid.txt"):
+            (text / name).write_text("\n".join(TEXTS))
+        prepare.prepare(prepare.Config(data=str(text), out=str(out), vocab_size=300))
+        whole = data.load(str(out), seq_len=4, batch_size=1)
+        most: list[int] = []
+        encode_batch = FileTokenizer.encode_batch
+
+        def noted(self: FileTokenizer, texts: list[str]) -> Any:
+            most.append(sum(map(len, texts)))
+            return encode_batch(self, texts)
+
+        monkeypatch.setattr("train.tokenizer.PIECE", 100)
+        monkeypatch.setattr(data, "_BATCH_CHARS", 200)
+        monkeypatch.setattr(FileTokenizer, "encode_batch", noted)
+        pieces = _encoded(text, str(out / "tokenizer.json"))
+        assert len(most) > 10 and max(most) < 1000
+        assert pieces == [whole.train[:].tolist(), whole.valid[:].tolist()]
+
     def test_split_is_by_content(self, tmp_path: Path) -> None:
         # Repeats fall on both ends of the order, under other names.
         texts = TEXTS + TEXTS[::-1]
@@ -272,6 +308,14 @@ class TestDocuments:
         assert train[0] + valid[0] == text
         assert 0.04 < len(valid[0]) / len(text) < 0.06
 
+    @pytest.mark.parametrize("names", [["train.txt"], ["train.txt", "valid.txt"]])
+    def test_undivided_documents_are_whole(self, names: list[str], tmp_path: Path) -> None:
+        for name in names:
+            (tmp_path / name).write_text("line\n" * 99)
+        found = documents.Documents(str(tmp_path), divide=False)
+        assert list(found) == [("valid", "line\n" * 99)] * len(names)
+        assert found.counts == {"train": 0, "valid": len(names)}
+
     def test_hidden_files_and_empty_documents_are_passed_over(self, tmp_path: Path) -> None:
         write_texts(tmp_path, [*TEXTS, ""])
         (tmp_path / ".cache").mkdir()
@@ -331,6 +375,8 @@ class TestMistakes:
             ("a.jsonl.gz", gzip.compress(jsonl(TEXTS))[:-20], r"a\.jsonl\.gz cannot be read"),
             ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz cannot be read"),
             ("a.txt", b"abc\xff", r"a\.txt is not UTF-8 text \(byte 3\)"),
+            ("a.txt", "abc".encode("utf-16-le"), r"a\.txt is not text \(byte 1 is zero\)"),
+            ("a.txt.gz", b"", r"a\.txt\.gz is empty, as no gzip file is"),
             ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: is not JSON in UTF-8"),
             ("a.py", b"# coding: latin-0\n", r"a\.py is not text in the encoding it declares"),
             ("a.py", b"# coding: rot13\n", r"a\.py is not text in the encoding it declares"),
@@ -491,6 +537,15 @@ class TestPrepared:
         with pytest.raises(UserError, match=r"train-00001\.bin has 196 bytes and 198 are"):
             data.load(str(prepared), seq_len=4, batch_size=1, share=(0, 3))
 
+    def test_an_id_that_the_tokenizer_does_not_have(self, prepared: Path) -> None:
+        shard, meta = prepared / "train-00001.bin", prepared / "meta.json"
+        old = shard.read_bytes()
+        new = old[:-2] + (300).to_bytes(2, "little")
+        shard.write_bytes(new)
+        digests = (hashlib.sha256(content).hexdigest() for content in (old, new))
+        meta.write_text(meta.read_text().replace(*digests))
+        self.refused(prepared, r"train-00001\.bin has the id 300 of a tokenizer with 300;")
+
     @pytest.mark.parametrize("change", [-1, 1])
     def test_wrong_size(self, change: int, prepared: Path) -> None:
         shard = prepared / "train-00001.bin"
@@ -518,6 +573,7 @@ class TestPrepared:
             ("{", "", "is not one that train.prepare wrote"),
             ('"valid":', '"value":', r"meta\.json is damaged \(KeyError"),
             ('"uint16"', '"foo"', r"meta\.json is damaged \(TypeError"),
+            ('"uint16"', '"float16"', r"meta\.json is damaged \(dtype is float16 and .* uint16"),
         ],
     )
     def test_bad_meta(self, old: str, new: str, match: str, prepared: Path) -> None:

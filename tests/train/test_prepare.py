@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 
 from train import prepare, tokenizer
+from train.documents import Documents
 from train.errors import UserError
 
 WORDS = [
@@ -99,33 +100,46 @@ def test_writes_what_meta_says(
     ids = np.concatenate([np.frombuffer(content, "<u2") for content in files.values()])
     assert np.count_nonzero(ids == meta["eod"]) == sum(meta["documents"].values()) == 80
     num_bytes = sum(meta["text_bytes"].values())
+    share = meta["text_bytes"]["valid"] / num_bytes
     assert capsys.readouterr().out == (
         f"{out}: 80 documents, {len(ids):,} tokens of 300, "
         f"{num_bytes / len(ids):.2f} bytes per token\n"
         f"{meta['documents']['train']} documents for training and {meta['documents']['valid']} for "
-        "validation, split by a hash of their text\n"
+        f"validation ({share:.1%} of the text), split by a hash of their text\n"
     )
 
 
 @pytest.mark.parametrize(
-    ("names", "counts", "rule"),
+    ("names", "counts", "share", "rule"),
     [
-        (["a.txt"], (1, 1), "cutting the only one in two"),
-        (["a.txt", "train.txt"], (1, 1), "a hash of their text"),
-        (["train-0.txt", "train-1.txt", "val.txt"], (2, 1), "file names"),
-        (["train/a.txt", "validation/b.txt", "validation/c.txt"], (1, 2), "directory names"),
+        (["a.txt"], (1, 1), 5.1, "cutting the only one in two"),  # between lines: 5 of 99
+        (["a.txt", "train.txt"], (1, 1), 62.5, "a hash of their text"),
+        (["trainer.txt", "device.txt"], (1, 1), 52.2, "a hash of their text"),
+        (["train-0.txt", "train-1.txt", "val.txt"], (2, 1), 25.0, "file names"),
+        (["Training.txt", "DEV-0.txt", "validset_1.txt"], (1, 2), 65.8, "file names"),
+        (["train/a.txt", "validation/b.txt", "validation/c.txt"], (1, 2), 73.9, "directory names"),
     ],
 )
 def test_says_what_split_the_documents(
-    names: list[str], counts: tuple[int, int], rule: str, tmp_path: Path
+    names: list[str], counts: tuple[int, int], share: float, rule: str, tmp_path: Path
 ) -> None:
     for name in names:
         (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "text" / name).write_text(f"{name}\n" * 99)
     config = prepare.Config(str(tmp_path / "text"), str(tmp_path / "out"), tokenizer="bytes")
     assert prepare.prepare(config).splitlines()[1] == (
-        f"{counts[0]} documents for training and {counts[1]} for validation, split by {rule}"
+        f"{counts[0]} documents for training and {counts[1]} for validation ({share}% of the text),"
+        f" split by {rule}"
     )
+
+
+@pytest.mark.parametrize("name", ["valid.txt", "dev/b.txt"])
+def test_a_name_that_does_not_decide_is_pointed_out(name: str, tmp_path: Path) -> None:
+    for other in ("a.txt", name):
+        (tmp_path / "text" / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / other).write_text(f"{other}\n" * 99)
+    said = f"a hash of their text, not by names: there is {tmp_path}/text/{name}, but nothing named"
+    assert said in str(Documents(str(tmp_path / "text")))
 
 
 def test_learns_from_training_documents_only(tmp_path: Path) -> None:
