@@ -139,13 +139,14 @@ def weight_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> Any:
 def constrain(x: Array, *names: str | None) -> Array:
     """Fixes where ``x`` lies on the mesh in force, by logical names of its first axes.
 
-    Without a mesh (``jax.set_mesh``), or on one of a single device, nothing.
+    Without a mesh (``jax.set_mesh``), or on one of a single device, nothing; axes that a mesh of
+    other names does not have divide nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    axes = (RULES[name] or None if name else None for name in names)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    known = (tuple(a for a in RULES[name] if a in mesh.shape) if name else () for name in names)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in known)))
 
 
 def constrain_weights(params: nnx.State) -> nnx.State:
@@ -170,7 +171,9 @@ def constrain_weights(params: nnx.State) -> nnx.State:
 def batch_shards() -> int:
     """Into how many parts the mesh in force divides a batch; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _product(RULES["batch"], mesh.shape)
+    if mesh.empty:
+        return 1
+    return _product([axis for axis in RULES["batch"] if axis in mesh.shape], mesh.shape)
 
 
 def _product(axes: Sequence[str], sizes: Mapping[str, int]) -> int:

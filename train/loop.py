@@ -83,6 +83,9 @@ def train(
                     "(--checkpoint.host_gib)"
                 )
             run = _Run(config, run_dir, corpus, trainer, checkpoints, log, line)
+            taken, windows = run.evaluated()
+            if taken < windows:
+                line.say(f"an evaluation takes {taken:,} of {windows:,} sequences")
             return run.go(state, step_fn)
 
 
@@ -218,6 +221,12 @@ class _Run:
                 f"a weight reached 64 by step {step}, more than it can in float16: start again "
                 "with --optimizer.master=bfloat16 or float32, or with a lower --lr"
             )
+
+    def evaluated(self) -> tuple[int, int]:
+        """How many sequences of validation an evaluation takes, in whole batches; and of what."""
+        windows = len(TokenWindows(self.corpus.valid, self.config.seq_len))
+        count = eval_rows(windows, self.config.batch_size, self.placement.shards)
+        return count * min(self.config.eval_batches, windows // count), windows
 
     def _evaluate(self, state: TrainState) -> float:
         c = self.config

@@ -92,14 +92,14 @@ def rehearse(config: TrainConfig) -> Rehearsal:
         capture_output=True,
         text=True,
     )
-    said = done.stderr.strip().splitlines()
-    if done.returncode < 0 or (done.returncode and not said):
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        if done.returncode > 0 and said:
+            raise UserError(said[-1].removeprefix("error: "))
         raise UserError(
             f"mesh={config.mesh}: its rehearsal ended with status {done.returncode}; expected "
             f"memory for {devices} host devices"
         )
-    if done.returncode:
-        raise UserError(said[-1].removeprefix("error: "))
     found = json.loads(done.stdout.splitlines()[-1])
     sent = [Collective(**c | {"group": tuple(c["group"])}) for c in found.pop("collectives")]
     return Rehearsal(**found, collectives=sent)

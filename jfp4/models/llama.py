@@ -1,6 +1,5 @@
 """The Llama decoder in flax.nnx, its layers stacked under scan."""
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -14,9 +13,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jfp4.models.config import LlamaConfig
 from jfp4.models.embedding import look_up
+from jfp4.models.head import loss_of_parts
 from jfp4.nn import CalibrationStat, Linear, Prepared, convert
 from jfp4.ops.cross_entropy import cross_entropy, cross_entropy_of_logits
-from jfp4.ops.exchange import spread
 from jfp4.ops.linear import CODES_NAME
 from jfp4.ops.rms_norm import rms_norm, rms_norm_of_stream
 from jfp4.ops.slices import Slices, scan_written_out
@@ -145,11 +144,9 @@ class Llama(nnx.Module):
         parts = batch_shards()
         x = constrain(x.reshape(parts, -1, x.shape[-1]), "batch")
         targets = constrain(targets.reshape(parts, -1), "batch")
-        mean = functools.partial(cross_entropy, chunk=chunk)
         if parts == 1:
-            return mean(x[0], self._head_weight(), targets[0])
-        heads = constrain(spread(self._head_weight(), parts), "batch", None, "vocab")
-        return jnp.mean(jax.vmap(mean)(x, heads, targets))
+            return cross_entropy(x[0], self._head_weight(), targets[0], chunk=chunk)
+        return loss_of_parts(chunk, x, self._head_weight(), targets)
 
     def check_loss_chunk(self, tokens: int) -> None:
         """Raises ValueError if ``loss`` of so many tokens would refuse ``config.loss_chunk``."""
@@ -182,6 +179,11 @@ class Llama(nnx.Module):
 
     def _decode(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         check_tokens(tokens, "tokens")
+        if tokens.shape[0] % batch_shards():
+            raise ValueError(
+                f"tokens has {tokens.shape[0]} sequences, which the mesh in force divides by "
+                f"{batch_shards()}; expected a multiple of that"
+            )
         x = constrain(self._embedded(tokens), "batch")
         sin_cos = rotary_angles(x.shape[1], self.config.head_dim, self.config.rope_theta)
         graph, params, rest = split_params(self.layers)
@@ -299,9 +301,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """Applies the layer to every position."""
-        y = checkpoint_name(self.gate_up_proj(x), _PRODUCTS)
+        # Where the tokens are fewer than the width, XLA would rather divide the gradients of both
+        # as it does the weights, and send activations to and fro.
+        y = constrain(checkpoint_name(self.gate_up_proj(x), _PRODUCTS), "batch", None, "mlp")
         y = y.reshape(*y.shape[:-1], -1, 2)
-        return self.down_proj(jax.nn.silu(y[..., 0]) * y[..., 1])
+        return self.down_proj(constrain(jax.nn.silu(y[..., 0]) * y[..., 1], "batch", None, "mlp"))
 
 
 def _normalised(norm: nnx.RMSNorm, *terms: Array) -> tuple[Array, Array]:

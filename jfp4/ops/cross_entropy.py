@@ -51,7 +51,7 @@ def cross_entropy(
     _check_integers(targets)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}; expected a positive number of tokens, or None")
-    return _mean(chunk_size(x.shape[0], w.shape[1], chunk), x, w, targets)
+    return _mean(chunk, x, w, targets)
 
 
 def cross_entropy_of_logits(
@@ -83,47 +83,64 @@ def chunk_size(tokens: int, vocab: int, chunk: int | None) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mean(size: int, x: Array, w: Array, targets: Array) -> Array:
+def _mean(chunk: int | None, x: Array, w: Array, targets: Array) -> Array:
     narrow = w.astype(x.dtype)
 
-    def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-        x, targets, counted = chunk
+    def add(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+        x, targets, counted = part
         losses, _ = _losses(jnp.matmul(x, narrow).astype(jnp.float32), targets)
         return total + jnp.sum(jnp.where(counted, losses, 0)), None
 
-    total, _ = jax.lax.scan(add, jnp.float32(0), _chunks(size, x, targets))
+    total, _ = jax.lax.scan(add, jnp.float32(0), _chunks(chunk, w.shape[1], x, targets))
     return total / x.shape[0]
 
 
-def _mean_and_gradient(
-    size: int, x: Array, w: Array, targets: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    t, d = x.shape
-    narrow = w.astype(x.dtype)
+def loss_and_gradients(
+    chunk: int | None, x: Float[Array, "t d"], w: Float[Array, "d v"], targets: Int[Array, " t"]
+) -> tuple[Float32[Array, ""], Float[Array, "t d"], Float32[Array, "d v"]]:
+    """What ``cross_entropy`` makes of tokens where it is differentiated, before it is a mean.
 
-    def add(carry: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[Any, Array]:
+    Args:
+        chunk: most tokens whose logits stand at a time, or None.
+        x: the last hidden states.
+        w: the head's weight in ``x``'s dtype.
+        targets: the class of each token.
+
+    Returns:
+        The sum of the losses; its gradient by x in x's dtype, and by w in float32.
+    """
+    t, d = x.shape
+
+    def add(carry: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[Any, Array]:
         total, dw = carry
-        x, targets, counted = chunk
-        losses, slope = _losses(jnp.matmul(x, narrow).astype(jnp.float32), targets)
+        x, targets, counted = part
+        losses, slope = _losses(jnp.matmul(x, w).astype(jnp.float32), targets)
         # Of the sum, not the mean: a t-th of it would be too small for float16, before the scale of
         # the loss is known.
         dlogits = jnp.where(counted[:, None], slope, 0).astype(x.dtype)
         total = total + jnp.sum(jnp.where(counted, losses, 0))
         dw = dw + jnp.matmul(x.T, dlogits, preferred_element_type=jnp.float32)
-        return (total, dw), jnp.matmul(dlogits, narrow.T)
+        return (total, dw), jnp.matmul(dlogits, w.T)
 
     start = jnp.float32(0), jnp.zeros(w.shape, jnp.float32)
-    (total, dw), dx = jax.lax.scan(add, start, _chunks(size, x, targets))
-    return total / t, (dx.reshape(-1, d)[:t], dw, jnp.empty(0, w.dtype))
+    (total, dw), dx = jax.lax.scan(add, start, _chunks(chunk, w.shape[1], x, targets))
+    return total, dx.reshape(-1, d)[:t], dw
 
 
-def _scaled(size: int, saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+def _mean_and_gradients(
+    chunk: int | None, x: Array, w: Array, targets: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    total, dx, dw = loss_and_gradients(chunk, x, w.astype(x.dtype), targets)
+    return total / x.shape[0], (dx, dw, jnp.empty(0, w.dtype))
+
+
+def _scaled(chunk: int | None, saved: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     dx, dw, w_like = saved
     g = g / dx.shape[0]
     return (g * dx.astype(jnp.float32)).astype(dx.dtype), (g * dw).astype(w_like.dtype), None
 
 
-_mean.defvjp(_mean_and_gradient, _scaled)
+_mean.defvjp(_mean_and_gradients, _scaled)
 
 
 def _losses(
@@ -143,9 +160,10 @@ def _losses(
     return log_sum[..., 0] - own, jnp.exp(logits - log_sum) - is_target.astype(jnp.float32)
 
 
-def _chunks(size: int, x: Array, targets: Array) -> tuple[Array, ...]:
+def _chunks(chunk: int | None, vocab: int, x: Array, targets: Array) -> tuple[Array, ...]:
     """``x`` and ``targets`` in chunks, the last filled up, and which of the tokens count."""
     t = x.shape[0]
+    size = chunk_size(t, vocab, chunk)
     count = math.ceil(t / size)
     added = count * size - t
     counted = jnp.arange(count * size) < t

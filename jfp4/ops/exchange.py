@@ -10,7 +10,6 @@ An element that is quantised is off by at most ``2**-4`` of itself or, where tha
 ``2**-10`` of its row's scale, which is the largest magnitude of the row over 448.
 """
 
-import functools
 from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
@@ -53,23 +52,6 @@ def reduction() -> Reduction:
     if _asked.value == "fp8":
         return Reduction(by=(_scattered_sum, _sum))
     return Reduction(jnp.dtype(_asked.value))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def spread(w: Float[Array, "*w"], parts: int) -> Float[Array, "p *w"]:
-    """A weight for each of the parts of a batch, whose gradients are summed by ``grad_comm``."""
-    return jnp.broadcast_to(w, (parts, *w.shape))
-
-
-def _spread(w: Array, parts: int) -> tuple[Array, None]:
-    return spread(w, parts), None
-
-
-def _gathered(parts: int, _: None, gradients: Array) -> tuple[Array]:
-    return (sum_of_parts(gradients),)
-
-
-spread.defvjp(_spread, _gathered)
 
 
 def sum_of_parts(gradients: Float[Array, "p *w"]) -> Float[Array, "*w"]:

@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 import jfp4
 from jfp4.models.embedding import look_up
+from jfp4.models.head import loss_of_parts
 from jfp4.ops import ffi
-from jfp4.ops.exchange import spread
+from jfp4.ops.cross_entropy import cross_entropy
+from jfp4.ops.exchange import sum_of_parts
 from jfp4.ops.outliers import thresholds
 from jfp4.ops.quantize import quantize_both, quantize_gradient
 from jfp4.ops.rms_norm import rms_norm, rms_norm_of_stream
@@ -291,7 +293,6 @@ def exchanged(results, backend):
         -12, 3, (1, rows, columns)
     )
     stack = np.asarray(stack, np.float32)
-    w = jnp.zeros((rows, columns))
 
     def off(x):
         """What quantising may do to each element."""
@@ -301,9 +302,6 @@ def exchanged(results, backend):
     def worst(*partial_sums):
         """What adding such sums, quantised, may do; and what float32 does besides."""
         return sum(off(x) for x in partial_sums) + 2.0**-20 * sum(np.abs(x) for x in partial_sums)
-
-    def total(stack):
-        return jax.vjp(lambda w: spread(w, parts), w)[1](stack)[0]
 
     wide = stack.astype(np.float64)
     # Over all four at once, and once more where the sum is gathered; or first over fsdp, to each of
@@ -323,19 +321,19 @@ def exchanged(results, backend):
         for comm in ("float32", "bfloat16", "fp8"):
             bound = in_bfloat16 if comm == "bfloat16" else in_fp8
             with jax.set_mesh(mesh), jfp4.grad_comm(comm):
-                lowered = jax.jit(total, out_shardings=NamedSharding(mesh, spec)).lower(put)
+                lowered = jax.jit(sum_of_parts, out_shardings=NamedSharding(mesh, spec)).lower(put)
             sent = [[c.kind, c.bytes, len(c.group)] for c in collectives(partitioned(lowered))]
             errors = np.abs(np.asarray(lowered.compile()(put), np.float64) - wide.sum(0))
             results[f"{case}, {comm}"] = sent, float(np.max(errors / bound))
     odd = rows - 2  # which four devices do not divide
     with jax.set_mesh(mesh), jfp4.grad_comm("fp8"):
         few = jax.device_put(stack[:, :odd], NamedSharding(mesh, P(BATCH)))
-        found = jax.jit(lambda x: jax.vjp(lambda w: spread(w, parts), w[:odd])[1](x)[0])(few)
+        found = jax.jit(sum_of_parts)(few)
     errors = np.abs(np.asarray(found, np.float64) - wide.sum(0)[:odd])
     results["odd rows"] = float(np.max(errors / cases["whole"][1][:odd]))
     broken = put.at[1, 3, 5].set(jnp.inf)
     with jax.set_mesh(mesh), jfp4.grad_comm("fp8"):
-        found = np.asarray(jax.jit(total)(broken))
+        found = np.asarray(jax.jit(sum_of_parts)(broken))
     results["infinity"] = np.isnan(found).sum(axis=1).tolist()
 
     # Of a layer whose gradient's columns, every other one, are 2**-20 of the others.
@@ -414,6 +412,32 @@ def embedding(results):
             found = np.asarray(jax.jit(gradient, out_shardings=places[0])(*put), np.float64)
         results[f"embedding, {comm}"] = float(np.max(np.abs(found - sums)[:6] / sums[:6]) / bound)
         assert not found[6:].any()
+
+
+def head(results):
+    """The gradient of a bfloat16 head, of float32's rounded once, in units of what that may be."""
+    mesh, d, v = make_mesh((2, 2, 2)), 32, 64
+    draw = np.random.default_rng(3)
+    x = jnp.asarray(draw.normal(size=(4, 128, d)), jnp.bfloat16)
+    w = jnp.asarray(draw.normal(size=(d, v)), jnp.bfloat16)
+    targets = jnp.asarray(draw.integers(0, v, (4, 128)))
+    specs = P(BATCH), P(("tensor", "fsdp")), P(BATCH)
+    places = [NamedSharding(mesh, spec) for spec in specs]
+    put = [jax.device_put(a, p) for a, p in zip((x, w, targets), places, strict=True)]
+
+    def gradient(x, w, targets):
+        return jax.grad(lambda w: loss_of_parts(None, x, w, targets))(w)
+
+    def whole(w):
+        return cross_entropy(x.reshape(-1, d), w, targets.reshape(-1))
+
+    wanted = np.asarray(jax.grad(whole)(w.astype(jnp.float32)), np.float64)
+    # Elements may be where parts cancel: a sum is off by what its largest terms are.
+    bound = 2.0**-8 * np.abs(wanted) + 2.0**-18 * np.abs(wanted).max()
+    for comm in ("float32", "bfloat16"):
+        with jax.set_mesh(mesh), jfp4.grad_comm(comm):
+            found = np.asarray(jax.jit(gradient, out_shardings=places[1])(*put), np.float64)
+        results[f"head, {comm}"] = float(np.max(np.abs(found - wanted) / bound))
 
 
 def optimizer(results, backend):
@@ -512,6 +536,7 @@ def main():
     exchanged(results, backend)
     without_kernels(results, backend)
     embedding(results)
+    head(results)
     optimizer(results, backend)
     json.dump(results, sys.stdout)
 

@@ -176,6 +176,12 @@ def test_an_embeddings_gradient_is_summed_in_float32(found, comm):
 
 
 @pytest.mark.slow
+def test_a_heads_gradient_is_summed_in_float32(found):
+    """And rounded to the head's own bfloat16 once; parts that are sent in it show that."""
+    assert 0.25 < found["head, float32"] <= 1 < found["head, bfloat16"]
+
+
+@pytest.mark.slow
 def test_rows_that_devices_do_not_divide_are_exchanged_too(found):
     assert 2.0**-10 < found["odd rows"] <= 1
 
