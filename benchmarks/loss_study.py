@@ -225,7 +225,6 @@ def write(study: Study, swept: list[Any], results: list[Any] | None) -> None:
     content = {
         "study": dataclasses.asdict(study) | {"data": Path(study.data).name},
         "provenance": provenance(),
-        "embedding_gradient": "float32",
         "sweep": swept,
         "runs": results,
     }

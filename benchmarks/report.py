@@ -100,10 +100,11 @@ Written by `python -m benchmarks.report` from `benchmarks/results/`; no measurem
 {study["model"]}, {tokens / 1e6:.1f} million tokens of technical documents under a 32,000-token
 byte-level BPE ({study["steps"]:,} steps of {study["batch_size"]} x {study["seq_len"]:,}), AdamW, 5%
 warm-up, cosine to 10%, clipping at a global norm of 1. {study["seeds"]} seeds; a seed is the same
-initial weights and the same data order in every row. Losses are in nats a token on the whole
-validation split, **with the recipe's own forward** (the FP4 rows are evaluated in FP4, with running
-thresholds and means). On {source["device"]}; {versions}; commit {source["commit"]}.
-{report_runs.embedding_sums([loss])}
+initial weights and the same data order in every row. Losses are in nats a token on all whole
+batches of the validation split, **with the recipe's own forward** (the FP4 rows are evaluated in
+FP4, with running thresholds and means). On {source["device"]}; {versions}; commit
+{source["commit"]}.
+
 The learning rate is BF16's best, found first:
 
 {sweep_table(loss["sweep"])}

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.report_runs import ROUNDED, embedding_sums
+from benchmarks.report_runs import ROUNDED
 from benchmarks.timing import markdown
 
 
@@ -35,9 +35,9 @@ def section(results: list[dict[str, Any]], noise: float) -> str:
         else ""
     )
     lower = (
-        "\nllama7b has a third of that rate, and a longer warm-up, too: the highest loss says how "
-        "far it rose\nbefore it fell."
-        if "llama7b, lower rate" in groups
+        "\nllama7b has a third of that rate with a longer warm-up as well: the highest loss says "
+        "how far it rose\nbefore it fell."
+        if "llama7b, longer warm-up" in groups
         else ""
     )
     shared = "Runs without a speed shared their GPU with others. " if None in speeds else ""
@@ -51,10 +51,10 @@ what was best for llama60m in BF16, and larger models the paper's, 3e-4, with ba
 than the paper's four million tokens.{lower}
 Weights and moments are in float32{narrow}.
 Training loss is the mean over the last twentieth of the steps, the highest a mean over few;
-validation is on the whole split **with the recipe's own forward**, FP4's in FP4. So few tokens tell
-how runs begin, not how they end: the paper's have 100 billion.
+validation is on all whole batches of the split **with the recipe's own forward**, FP4's in FP4. So
+few tokens tell how runs begin, not how they end: the paper's have 100 billion.
 {shared}jax {jax}; commit {commits}.
-{embedding_sums(run for runs in groups.values() for run in runs)}
+
 {markdown(head, rows)}
 
 {_lessons(groups)}

@@ -1,23 +1,11 @@
 """What docs/results.md says of runs of large models, from run-*.json and resume-*.json."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.timing import markdown
 
 ROUNDED = {"nearest": "to nearest", "stochastic": "stochastically"}
 """How moments are rounded, by the flag."""
-
-
-def embedding_sums(results: Iterable[dict[str, Any]]) -> str:
-    """A paragraph, where any is of before the embedding's gradient was summed in float32."""
-    if all(result.get("embedding_gradient") == "float32" for result in results):
-        return ""
-    return """
-In these runs, of all recipes alike, the embedding's gradient was summed in the dtype that was
-computed in, so that frequent tokens got a part of theirs alone; today it is summed in float32
-([numerics.md](numerics.md)). How far that moves a loss has not been measured.
-"""
 
 
 def large(runs: list[dict[str, Any]]) -> str:
