@@ -50,7 +50,9 @@ def test_the_document_says_gaps_speed_and_skipped_steps(tmp_path):
     assert "2 of 40 |" in text
     assert "5.2500 | +0.2500 (+5.00%)" in " ".join(text.split())
     assert "third of that rate" not in text
-    lower = result("fp4", "fp4", "bfloat16", [6.0, 5.0], group="llama7b, longer warm-up", commit="def")
+    lower = result(
+        "fp4", "fp4", "bfloat16", [6.0, 5.0], group="llama7b, longer warm-up", commit="def"
+    )
     text = report_first_tokens.section(results(BF16, lower), 0.01)
     assert "third of that rate with a longer warm-up as well" in text and "commit abc, def" in text
     report_first_tokens.draw(found, tmp_path / "picture.png")

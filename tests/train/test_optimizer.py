@@ -129,20 +129,22 @@ def test_the_peak_is_the_learning_rate_of_the_flags(config):
 
 
 def test_a_run_s_seed_is_that_of_its_rounding(tiny_config):
-    """Of moments, and of parameters in two bytes."""
+    """Of moments, and of parameters in two bytes, whose bits are other ones in every step."""
     narrow = OptimizerConfig(
         master="bfloat16", first_moment="e4m3", second_moment="float16", rounding="stochastic"
     )
     config = tiny_config(optimizer=narrow)
     batch = jnp.zeros(Trainer(config).batch_shape().shape, jnp.int32)
 
-    def after(seed):
+    def after(seed, step=0):
         trainer = Trainer(dataclasses.replace(config, seed=seed))
         assert make_optimizer(trainer.config).seed == seed
-        start = jax.jit(Trainer(config).init)()  # the same for both
-        return jax.jit(trainer.step)(start, batch)[0].params
+        start = jax.jit(Trainer(config).init)()  # the same for all
+        start = dataclasses.replace(start, step=jnp.int32(step))
+        return jax.tree.leaves(jax.jit(trainer.step)(start, batch)[0].params)
 
-    params, others = map(after, (0, 3))
-    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (params, others)), strict=True))
+    params, *others = after(0), after(3), after(0, step=1)
+    for other in others:
+        assert any(np.any(a != b) for a, b in zip(params, other, strict=True))
     to_nearest = dataclasses.replace(narrow, rounding="nearest")
     assert make_optimizer(dataclasses.replace(config, optimizer=to_nearest)).seed is None

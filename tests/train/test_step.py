@@ -239,7 +239,7 @@ def test_evaluation_uses_the_running_calibration(trainer, trained):
     fresh = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), trained.stats)
     unclamped = float(trainer.evaluate(trained.params, fresh, np.stack([a, b])))
     assert np.isnan(unclamped) or unclamped != loss(a, b)
-    before = leaves(trained)
+    before = [np.array(leaf) for leaf in leaves(trained)]  # copies, not views of what may change
     loss(a, b)
     for x, y in zip(before, leaves(trained), strict=True):
         np.testing.assert_array_equal(x, y)
