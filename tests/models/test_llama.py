@@ -11,8 +11,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
 import jfp4
+from jfp4 import sharding
 from jfp4.models.config import MODELS, LlamaConfig
 from jfp4.models.llama import (
     INIT_STD,
@@ -805,3 +807,18 @@ def test_targets_are_the_tokens_own(recipe):
 def test_an_unknown_recipe_is_an_error():
     with pytest.raises(ValueError, match="recipe='fp5'"):
         initial(TINY, "fp5")
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"), [(sharding.AXES, 4), (sharding.AXES, 3), (("x", "y", "z"), 3)]
+)
+def test_a_mesh_divides_the_sequences_or_says_that_it_does_not(names, rows):
+    model = make()
+    tokens = jax.ShapeDtypeStruct((rows, 8), jnp.int32)
+    mesh = AbstractMesh((2, 2, 1), names, axis_types=(AxisType.Auto,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        if names == sharding.AXES and rows % 4:
+            with pytest.raises(ValueError, match=r"tokens has 3 sequences, which .* divides by 4"):
+                jax.eval_shape(model, tokens)
+        else:
+            assert jax.eval_shape(model, tokens).shape == (rows, 8, TINY.vocab_size)
