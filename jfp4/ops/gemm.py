@@ -182,7 +182,7 @@ def gemm(
         *((None, None) if slope is None else (slope.w, slope.scale)),
     )
     outer = ("m 1", "1 n", "m 1", "1 n", "n", "m n", "1 n")
-    rule = Rule((*_contraction(a, b), *outer), ("m n",), inner=2)
+    rule = Rule((*_contraction(a, b), *outer), ("m n",), inner=2, wanted=reduce.wanted)
     # Tensor cores multiply no E5M2 by E5M2.
     served = (
         jnp.dtype(out_dtype) in _KERNEL_DTYPES

@@ -220,7 +220,8 @@ def _backward(recipe: Recipe, saved: tuple[Any, ...], dy: Array) -> tuple[Any, .
         # Of the weight BEFORE rounding: on its codes the slope would be a constant.
         centred = w if wq.shift is None else w.astype(jnp.float32) - wq.shift
         slope = Slope(centred, wq.scale, wq.format, recipe.dge_k, recipe.dge_cap)
-    dw = _wgrad(dy, for_wgrad, xq_t, residual, slope, w.dtype)
+    reduce = dataclasses.replace(exchange.reduction(), to=places[1].spec)
+    dw = _wgrad(dy, for_wgrad, xq_t, residual, slope, w.dtype, reduce)
     dbias = None if bias_like is None else jnp.sum(dy, axis=0).astype(bias_like.dtype)
     zeros = jax.tree.map(jnp.zeros_like, calibration)
     of_operands = (
@@ -261,8 +262,8 @@ def _wgrad(
     residual: Array | None,
     slope: Slope | None,
     dtype: Any,
+    reduce: Reduction,
 ) -> Float[Array, "k n"]:
-    reduce = exchange.reduction()
     if xq_t.shift is None and residual is None:
         return _gradient_product(xq_t.unscaled(), folded, dtype, slope, reduce)
     dw = _gradient_product(xq_t.unscaled(), folded, jnp.float32, reduce=reduce)
@@ -304,7 +305,8 @@ def _divided(
     def of_part(part: Part, a: Array, b: Array) -> tuple[Array]:
         return (reduce(part, multiply(a, b), "k"),)
 
-    (y,) = by_xla(of_part, a, b, rule=Rule(("m k", "k n"), ("m n",), inner=2))
+    rule = Rule(("m k", "k n"), ("m n",), inner=2, wanted=reduce.wanted)
+    (y,) = by_xla(of_part, a, b, rule=rule)
     return y
 
 

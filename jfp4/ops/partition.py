@@ -46,11 +46,14 @@ class Rule:
         results: an entry a result.
         inner: how many of the operands are divided as the work is; the others come in after what
             was reduced, and are divided as the results are. None: all.
+        wanted: where the results had best lie on explicit axes, which nobody else says there; None:
+            all of them on every device, as far as the operands leave it open.
     """
 
     operands: tuple[str, ...]
     results: tuple[str, ...]
     inner: int | None = None
+    wanted: tuple[PartitionSpec, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +114,17 @@ class Reduction:
     Attributes:
         dtype: what parts are rounded to first.
         by: what sums over mesh axes, leaving a part of the sum or all of it; None: XLA.
+        to: where the sum had best lie on explicit axes.
     """
 
     dtype: jax.typing.DTypeLike = jnp.float32
     by: Sums | None = None
+    to: PartitionSpec | None = None
+
+    @property
+    def wanted(self) -> tuple[PartitionSpec, ...] | None:
+        """``Rule.wanted`` of an operation whose one result is the sum."""
+        return None if self.to is None else (self.to,)
 
     def __call__(self, part: Part, x: Array, factor: str) -> Array:
         """The sum of ``x`` over all parts of a factor, as ``Part.reduce`` has it lie.
@@ -198,6 +208,7 @@ def divided(fn: Callable[..., T], rule: Rule) -> Callable[..., T]:
             tuple(r for r, x in zip(rule.operands, operands, strict=True) if x is not None),
             rule.results,
             None if rule.inner is None else sum(x is not None for x in operands[:inner]),
+            rule.wanted,
         )
         by_kind = _explicitly if kinds == {AxisType.Explicit} else _automatically
         return by_kind(of_given, present)(*given)
@@ -246,6 +257,11 @@ class Place:
         mesh = mesh_of(x, *others)
         explicit = set(mesh.axis_types) == {AxisType.Explicit}
         return cls(NamedSharding(mesh, jax.typeof(x).sharding.spec) if explicit else None)
+
+    @property
+    def spec(self) -> PartitionSpec | None:
+        """How it is divided there; None elsewhere."""
+        return None if self.sharding is None else self.sharding.spec
 
     def put(self, x: Array) -> Array:
         """``x``, at this place."""
@@ -374,7 +390,7 @@ def _explicitly(
         results = jax.eval_shape(functools.partial(fn, WHOLE), *like)
         shapes = [x.shape for x in (*like, *results)]
         specs = [jax.typeof(x).sharding.spec for x in operands]
-        specs += [PartitionSpec()] * len(results)
+        specs += rule.wanted or [PartitionSpec()] * len(results)
         part, given, made = _plan(rule, shapes, specs, len(like), mesh.shape)
         moved = [jax.sharding.reshard(x, spec) for x, spec in zip(operands, given, strict=True)]
         parts = jax.shard_map(

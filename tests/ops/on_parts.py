@@ -277,6 +277,21 @@ def explicit(results, backend):
     def layer(x, w, bias):
         return jfp4.linear(x, w, "fp4", bias=bias)
 
+    def gradient(x, w, dy):
+        return jax.vjp(lambda w: jfp4.linear(x, w, "fp4"), w)[1](dy)[0]
+
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        each = make_mesh((2, 2, 2), kind)
+        at = [
+            NamedSharding(each, spec)
+            for spec in (P(BATCH), P("fsdp", "tensor"), P(BATCH, "tensor"))
+        ]
+        put = [jax.device_put(a, place) for a, place in zip((x, w1, dy), at, strict=True)]
+        with jfp4.backend(backend), jax.set_mesh(each):
+            lowered = jax.jit(gradient, out_shardings=at[1]).lower(*put)
+        sent = [[c.kind, c.bytes, len(c.group)] for c in collectives(partitioned(lowered))]
+        results[f"gradient, {kind.name}"] = sorted(sent)
+
     specs = P("data"), P(None, "tensor"), P()
     run("bias of columns", gradients(layer, (0, 2)), specs, x, w1, jnp.ones(N))
 

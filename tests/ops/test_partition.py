@@ -230,6 +230,14 @@ def test_products_of_no_kernel_are_summed_as_asked(found, name, products, case, 
 
 
 @pytest.mark.slow
+def test_a_gradient_on_explicit_axes_sends_what_it_does_on_automatic_ones(found):
+    """Each device is sent its part of the sum, and of the weight no more than codes."""
+    explicit = found["gradient, Explicit"]
+    assert explicit == found["gradient, Auto"]
+    assert "reduce-scatter" in {kind for kind, *_ in explicit}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
