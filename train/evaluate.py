@@ -1,6 +1,7 @@
 """``python -m train.evaluate``: the loss of a trained model on any text, every token of it once."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -14,13 +15,13 @@ from jaxtyping import Array, Float32, Int32
 
 from jfp4.models.llama import Llama
 from train import data as data_lib
-from train import rundir, tokenizer
+from train import tokenizer
 from train.batches import Tokens, TokenWindows
 from train.config import parse_flags, report_error
 from train.documents import Documents
 from train.errors import UserError
 from train.progress import progress
-from train.trained import load_model, tokenizer_of
+from train.trained import config_of, load_model, tokenizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +81,12 @@ def evaluate(config: Config) -> Loss:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}; expected at least 1")
-    model = load_model(config.run_dir, config.step, quantize=config.quantize)
-    about = rundir.read(Path(config.run_dir))["config"]
+    about = config_of(config.run_dir)
     own = tokenizer_of(about)
     tokens, text_bytes = _read(config.data, about["data"], "bytes" if own is None else str(own))
     if len(tokens) < 2:
         raise UserError(f"data={config.data} has {len(tokens)} tokens; expected at least 2")
+    model = load_model(config.run_dir, config.step, quantize=config.quantize)
     nats = total_loss(model, tokens, config.seq_len or about["seq_len"], config.batch_size)
     return Loss(nats, len(tokens) - 1, text_bytes)
 
@@ -111,7 +112,7 @@ def total_loss(model: Llama, tokens: Tokens, seq_len: int, batch_size: int) -> f
             for start in starts
         )
         rest = tokens[len(windows) * seq_len : len(tokens)].astype(np.int32)
-        for rows in (*batches, rest[None]):
+        for rows in itertools.chain(batches, [rest[None]]):
             if count := rows[:, 1:].size:
                 total += count * float(loss(state, rows))
                 advance(count)

@@ -21,12 +21,11 @@ from flax import nnx
 from safetensors.numpy import save
 
 from jfp4.models.config import LlamaConfig
-from train import rundir
 from train.config import parse_flags, report_error
 from train.errors import UserError
 from train.progress import progress
 from train.tokenizer import EOD, load
-from train.trained import load_model, tokenizer_of
+from train.trained import config_of, load_model, tokenizer_of
 from train.whole import check_new, written_whole
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -60,7 +59,7 @@ def export(config: Config) -> str:
     out, dtype = Path(config.out).resolve(), jnp.dtype(config.dtype)
     check_new(out)
     model = load_model(config.run_dir, config.step)
-    about = rundir.read(Path(config.run_dir))["config"]
+    about = config_of(config.run_dir)
     tokenizer = tokenizer_of(about)
     eod = load("bytes" if tokenizer is None else str(tokenizer)).eod
     state = nnx.state(model, nnx.Param)

@@ -35,13 +35,11 @@ def load_model(run_dir: str | Path, step: int | None = None, *, quantize: bool =
         UserError: there is no such run, or no such checkpoint, or it cannot be read.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / rundir.CONFIG).is_file():
-        raise UserError(f"run_dir={run_dir} holds no run")
+    config = from_dict(config_of(run_dir))
     steps = rundir.saved_steps(run_dir)
     if not steps or step not in (None, *steps):
         found = ", ".join(map(str, steps)) or "none"
         raise UserError(f"step={step} is not among the checkpoints of {run_dir}: {found}")
-    config = from_dict(rundir.read(run_dir)["config"])
     if not quantize:
         config = dataclasses.replace(config, recipe="bf16", quantization=RECIPES["bf16"])
     trainer = Trainer(config)
@@ -65,6 +63,18 @@ def load_model(run_dir: str | Path, step: int | None = None, *, quantize: bool =
     model: Llama = nnx.merge(trainer.graph, jax.tree.map(master.decode, state.params), state.stats)
     model.eval()
     return model
+
+
+def config_of(run_dir: str | Path) -> dict[str, Any]:
+    """The configuration of a run, as ``train.config.to_dict`` has it.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if not (Path(run_dir) / rundir.CONFIG).is_file():
+        raise UserError(f"run_dir={run_dir} holds no run")
+    config: dict[str, Any] = rundir.read(Path(run_dir))["config"]
+    return config
 
 
 def tokenizer_of(about: dict[str, Any]) -> Path | None:
