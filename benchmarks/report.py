@@ -272,7 +272,7 @@ def lessons(loss: dict[str, Any]) -> str:
     )
     lines = [
         f"BF16 itself moves by {noise(loss):.4f} nats (standard deviation) from seed to seed; "
-        "differences below are of runs with the same seed, with their own standard deviation.",
+        "differences with a standard deviation are of runs with the same seed.",
         f"FP8 with the same scaling is {_apart(loss, 'fp8', 'bf16')} from BF16.",
         f"The bare cast to FP4 is {_apart(loss, 'fp4_cast', 'bf16')}, and with outliers clamped "
         f"and compensated {_apart(loss, 'cast + OCC', 'bf16')}.",
@@ -292,9 +292,9 @@ def lessons(loss: dict[str, Any]) -> str:
         lines.append(
             "So fp4 ending below BF16 says that DGE changes the optimiser, NOT that four bits "
             "are better than sixteen. The comparison that isolates the number format is the one "
-            f"without DGE: {gap['cast + OCC']:+.4f} nats. Longer runs, in which BF16 is no "
-            "longer limited by its updates, are needed before anything else is concluded; the "
-            "paper's own, over 100 billion tokens, end with FP4 0.06 to 0.10 above BF16."
+            f"without DGE: {_apart(loss, 'cast + OCC', 'bf16')} nats. Longer runs, in which BF16 "
+            "is no longer limited by its updates, are needed before anything else is concluded; "
+            "the paper's own, over 100 billion tokens, end with FP4 0.06 to 0.10 above BF16."
         )
     return "\n".join(f"- {line}" for line in lines)
 

@@ -139,14 +139,23 @@ def weight_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> Any:
 def constrain(x: Array, *names: str | None) -> Array:
     """Fixes where ``x`` lies on the mesh in force, by logical names of its first axes.
 
-    Without a mesh (``jax.set_mesh``), or on one of a single device, nothing; axes that a mesh of
-    other names does not have divide nothing.
+    Without a mesh (``jax.set_mesh``), or on one of a single device, nothing. Where the mesh is not
+    of ``AXES`` XLA decides: of a name none of whose axes it has, or that a caller's
+    ``jax.shard_map`` has divided already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    known = (tuple(a for a in RULES[name] if a in mesh.shape) if name else () for name in names)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in known)))
+    there = _sizes(mesh)
+    if not any(axis in there for name in names if name for axis in RULES[name]):
+        return x
+
+    def entry(name: str | None) -> Any:
+        axes = tuple(axis for axis in RULES[name] if axis in there) if name else ()
+        lost = name is not None and RULES[name] and not axes
+        return PartitionSpec.UNCONSTRAINED if lost else axes or None
+
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(entry, names)))
 
 
 def constrain_weights(params: nnx.State) -> nnx.State:
@@ -171,9 +180,14 @@ def constrain_weights(params: nnx.State) -> nnx.State:
 def batch_shards() -> int:
     """Into how many parts the mesh in force divides a batch; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1
-    return _product([axis for axis in RULES["batch"] if axis in mesh.shape], mesh.shape)
+    there = {} if mesh.empty else _sizes(mesh)
+    return _product([axis for axis in RULES["batch"] if axis in there], there)
+
+
+def _sizes(mesh: AbstractMesh) -> dict[str, int]:
+    """Of the axes that are not divided by hand, within a ``jax.shard_map``."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
 
 
 def _product(axes: Sequence[str], sizes: Mapping[str, int]) -> int:

@@ -225,7 +225,7 @@ class TrainConfig:
     """Steps between evaluations; the last step is evaluated as well."""
 
     eval_batches: int = 16
-    """Most validation batches an evaluation takes, all full, and always the same ones of a mesh."""
+    """Most validation batches an evaluation takes, always the same ones, all full."""
 
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the last checkpoint in run_dir."""

@@ -34,6 +34,7 @@ class Corpus:
         tokenizer: What made the ids.
         fingerprint: SHA-256 in hexadecimal of the tokenizer and all the ids, shard by shard; a run
             is resumed only on data with the fingerprint it began with.
+        valid_bytes: UTF-8 bytes of the validation documents.
         split: What went to training and what to validation, in words; nothing for shards, of which
             train.prepare said it.
     """
@@ -42,6 +43,7 @@ class Corpus:
     valid: Tokens
     tokenizer: Tokenizer
     fingerprint: str
+    valid_bytes: int
     split: str = ""
 
 
@@ -71,13 +73,7 @@ def load(
             prepared data's, or there is less text than one training batch and one validation
             batch.
     """
-    try:
-        prepared = (Path(data) / "meta.json").is_file()
-    except OSError as error:
-        raise UserError(
-            f"data {data} cannot be read ({error.strerror}); allow it, or give other data"
-        ) from error
-    if prepared:
+    if is_prepared(data):
         corpus = _load_prepared(Path(data), tokenizer, share)
     else:
         corpus = _load_text(data, tokenizer_lib.load(tokenizer or "bytes"))
@@ -94,13 +90,28 @@ def load(
     return corpus
 
 
+def is_prepared(data: str) -> bool:
+    """Whether data is a directory that train.prepare wrote.
+
+    Raises:
+        UserError: It cannot be told.
+    """
+    try:
+        return (Path(data) / "meta.json").is_file()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data {data} cannot be read ({getattr(error, 'strerror', error)}); allow it, or give "
+            "other data"
+        ) from error
+
+
 def encode(
     documents: Documents, tokenizer: Tokenizer
 ) -> Iterator[tuple[Split, npt.NDArray[np.unsignedinteger]]]:
     """Yields each document's split and ids, ended by eod, in the order of the documents.
 
-    A document is held at a time, and of what the tokenizer makes of text, some hundred times as
-    many bytes, a few megabytes' or a piece's (``Tokenizer.pieces``) where that is larger.
+    A document is held at a time. Of its text the tokenizer makes some hundred times as many bytes,
+    but of a few megabytes at a time, or of one of its pieces (``Tokenizer.pieces``).
     """
     eod = np.array([tokenizer.eod], tokenizer.dtype)
     parts: list[npt.NDArray[np.unsignedinteger]] = []
@@ -151,6 +162,7 @@ def _load_text(data: str, tokenizer: Tokenizer) -> Corpus:
         valid=Tokens([joined["valid"]]),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(tokenizer, shards),
+        valid_bytes=documents.text_bytes["valid"],
         split=str(documents),
     )
 
@@ -172,6 +184,7 @@ def _load_prepared(directory: Path, wanted: str | None, share: tuple[int, int]) 
         )
     try:
         own, fingerprint = meta["tokenizer"], meta["tokenizer_fingerprint"]
+        valid_bytes = int(meta["text_bytes"]["valid"])
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         listed: dict[Split, list[tuple[Path, int, str]]] = {
             split: [
@@ -222,6 +235,7 @@ def _load_prepared(directory: Path, wanted: str | None, share: tuple[int, int]) 
             tokenizer,
             {split: [shard[1:] for shard in shards] for split, shards in listed.items()},
         ),
+        valid_bytes=valid_bytes,
     )
 
 

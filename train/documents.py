@@ -25,10 +25,11 @@ Split = Literal["train", "valid"]
 SPLITS: tuple[Split, Split] = ("train", "valid")
 
 _VALID_SHARE = 0.05
-# Not trainer, validate.py or device.
-_NAMED_SPLIT = re.compile(
-    r"(train(?:ing)?|val(?:id(?:ation)?)?|dev)(?:set)?(?![a-z])", re.IGNORECASE
-)
+# Not trainer, validate.py or device. A folder called training or dev may be of a program's source.
+_NAMED_SPLIT = {
+    "file": re.compile(r"(train(?:ing)?|val(?:id(?:ation)?)?|dev)(?![^\W\d_])", re.IGNORECASE),
+    "directory": re.compile(r"(train|val(?:id(?:ation)?)?)(?![^\W\d_])", re.IGNORECASE),
+}
 _STDLIB_MIN_CHARS = 200
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -37,8 +38,9 @@ class Documents:
     """The documents at a path, in a fixed order, each with its split; can be read many times.
 
     Where a directory has files named train or training and valid, validation, val or dev, such as
-    train-00000.jsonl and valid.txt, or has all files in directories so named, the names decide the
-    split; capitals, and what follows that is no letter, make no difference. Elsewhere the
+    train-00000.jsonl and valid.txt, or has all files in directories named train and valid,
+    validation or val, the names decide the split; capitals, and what follows that is no letter,
+    make no difference. Elsewhere the
     SHA-256 of a document's text decides: the lowest twentieth is validation, and each split gets at
     least one document. A document that is all there is gives its last twentieth to validation.
     Empty documents are passed over.
@@ -81,6 +83,8 @@ class Documents:
             self._files = _files(Path(data))
             if divide:
                 self._read_names(Path(data))
+        if not divide:
+            self.rule = "nothing: all is validation"
         self._divided = False
         self._cut = int((_VALID_SHARE if divide else 1) * (1 << 256))
         lowest, highest = self._survey()
@@ -107,7 +111,7 @@ class Documents:
         if (found := _named_splits(self._files, root)) is not None:
             self.rule, self._named = found
         elif (file := _named_for_validation(self._files, root)) is not None:
-            self.rule += f", not by names: there is {file}, but nothing named train*"
+            self.rule += f", though {file} is named as validation is"
 
     def __iter__(self) -> Iterator[tuple[Split, str]]:
         """Yields the split and the text of each document."""
@@ -220,8 +224,8 @@ def _named_splits(files: list[Path], root: Path) -> tuple[str, dict[Path, Split]
     for kind, part in (("file", slice(-1, None)), ("directory", slice(-2, None, -1))):
         named: dict[Path, Split] = {}
         for file in files:
-            for split in map(_named, file.relative_to(root).parts[part]):
-                if split is not None:
+            for name in file.relative_to(root).parts[part]:
+                if (split := _named(name, kind)) is not None:
                     named[file] = split
                     break
         if set(named.values()) == set(SPLITS):
@@ -230,21 +234,21 @@ def _named_splits(files: list[Path], root: Path) -> tuple[str, dict[Path, Split]
             strays = strays or [file for file in files if file not in named]
     if strays:
         raise UserError(
-            f"{strays[0]} is named neither train* nor valid* like others in {root}, nor is a "
+            f"{strays[0]} is named neither train nor valid like others in {root}, nor is a "
             f"directory of its; rename it or move it elsewhere ({len(strays)} such)"
         )
     return None
 
 
 def _named_for_validation(files: list[Path], root: Path) -> Path | None:
-    """The first file, or folder, whose name is validation's, where none decide the split."""
-    parts = ((file, part) for file in files for part in file.relative_to(root).parts)
-    return next((file for file, part in parts if _named(part) == "valid"), None)
+    """The first file whose name, or whose folder's, is validation's."""
+    names = ((file, name) for file in files for name in file.relative_to(root).parts)
+    return next((file for file, name in names if _named(name, "file") == "valid"), None)
 
 
-def _named(name: str) -> Split | None:
-    """The split that the name of a file or of a folder tells, if any."""
-    if (match := _NAMED_SPLIT.match(name)) is None:
+def _named(name: str, kind: str) -> Split | None:
+    """The split that the name of a file or of a directory tells, if any."""
+    if (match := _NAMED_SPLIT[kind].match(name)) is None:
         return None
     return "train" if match[1].lower().startswith("train") else "valid"
 
@@ -284,7 +288,8 @@ def _read_text(stream: io.BufferedIOBase) -> Iterator[tuple[str, object]]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _Unreadable(
-            f" is not UTF-8 text (byte {error.start}); convert it or move it elsewhere"
+            f" is not UTF-8 text (byte {content.index(error.object) + error.start}); convert it or "
+            "move it elsewhere"
         ) from error
     if (at := content.find(0)) >= 0:  # an archive, a shard without its meta.json, UTF-16
         raise _Unreadable(f" is not text (byte {at} is zero); convert it or move it elsewhere")

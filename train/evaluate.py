@@ -1,12 +1,15 @@
-"""``python -m train.evaluate``: the loss of a trained model on any text, every token of it once."""
+"""``python -m train.evaluate``: the loss of a trained model on any text.
+
+Every token but the first is predicted once, whatever the windows and the batches.
+"""
 
 import dataclasses
 import itertools
-import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +18,7 @@ from jaxtyping import Array, Float32, Int32
 
 from jfp4.models.llama import Llama
 from train import data as data_lib
-from train import tokenizer
+from train import rundir
 from train.batches import Tokens, TokenWindows
 from train.config import parse_flags, report_error
 from train.documents import Documents
@@ -63,8 +66,9 @@ class Loss:
 
     def __str__(self) -> str:
         mean = self.nats / self.tokens
+        perplexity = math.inf if mean > 700 else math.exp(mean)  # which has no larger one
         return (
-            f"{mean:.4f} nats a token, perplexity {math.exp(mean):.2f}, "
+            f"{mean:.4f} nats a token, perplexity {perplexity:.2f}, "
             f"{self.nats / math.log(2) / self.text_bytes:.4f} bits a byte; "
             f"{self.tokens:,} tokens, {self.text_bytes:,} bytes"
         )
@@ -74,18 +78,18 @@ def evaluate(config: Config) -> Loss:
     """The loss of a run's model.
 
     Raises:
-        UserError: there is no such run, checkpoint or text, the text is of less than two tokens, or
-            the shards are of another tokenizer than the run.
+        UserError: there is no such run, checkpoint or text, the text is of less than two tokens,
+            shards are of another tokenizer than the run, or the run's own data are other ones than
+            it began with.
     """
     for name in ("seq_len", "batch_size"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}; expected at least 1")
     about = config_of(config.run_dir)
-    own = tokenizer_of(about)
-    tokens, text_bytes = _read(config.data, about["data"], "bytes" if own is None else str(own))
+    tokens, text_bytes = _read(config, about)
     if len(tokens) < 2:
-        raise UserError(f"data={config.data} has {len(tokens)} tokens; expected at least 2")
+        raise UserError(f"{config.data} has {len(tokens)} tokens; expected at least 2")
     model = load_model(config.run_dir, config.step, quantize=config.quantize)
     nats = total_loss(model, tokens, config.seq_len or about["seq_len"], config.batch_size)
     return Loss(nats, len(tokens) - 1, text_bytes)
@@ -119,15 +123,16 @@ def total_loss(model: Llama, tokens: Tokens, seq_len: int, batch_size: int) -> f
     return total
 
 
-def _read(data: str | None, of_run: str, name: str) -> tuple[Tokens, int]:
+def _read(config: Config, about: dict[str, Any]) -> tuple[Tokens, int]:
     """Tokens to evaluate on, and the bytes of their text."""
-    meta = Path(of_run if data is None else data) / "meta.json"
-    if meta.is_file():
-        valid = data_lib.load(str(meta.parent), name, seq_len=1, batch_size=1).valid
-        return valid, json.loads(meta.read_text())["text_bytes"]["valid"]
-    documents = Documents(of_run) if data is None else Documents(data, divide=False)
-    encoded = data_lib.encode(documents, tokenizer.load(name))
-    parts = [ids for split, ids in encoded if split == "valid"]
+    tokenizer, data = tokenizer_of(about), about["data"] if config.data is None else config.data
+    if config.data is None or data_lib.is_prepared(data):
+        corpus = data_lib.load(data, tokenizer.name, seq_len=1, batch_size=1)
+        if config.data is None:
+            rundir.check_data(Path(config.run_dir), corpus.fingerprint)
+        return corpus.valid, corpus.valid_bytes
+    documents = Documents(data, divide=False)
+    parts = [ids for _, ids in data_lib.encode(documents, tokenizer)]
     return Tokens(parts), documents.text_bytes["valid"]
 
 

@@ -24,7 +24,7 @@ from jfp4.models.config import LlamaConfig
 from train.config import parse_flags, report_error
 from train.errors import UserError
 from train.progress import progress
-from train.tokenizer import EOD, load
+from train.tokenizer import EOD
 from train.trained import config_of, load_model, tokenizer_of
 from train.whole import check_new, written_whole
 
@@ -61,7 +61,6 @@ def export(config: Config) -> str:
     model = load_model(config.run_dir, config.step)
     about = config_of(config.run_dir)
     tokenizer = tokenizer_of(about)
-    eod = load("bytes" if tokenizer is None else str(tokenizer)).eod
     state = nnx.state(model, nnx.Param)
     count = sum(leaf.size for leaf in jax.tree.leaves(state))
     weights: dict[str, str] = {}
@@ -76,14 +75,15 @@ def export(config: Config) -> str:
             advance(1)
         index = {"metadata": {"total_size": count * dtype.itemsize}, "weight_map": weights}
         _write(directory / "model.safetensors.index.json", index)
-        described = _described(model.config, config.dtype, about["seq_len"], eod)
+        described = _described(model.config, config.dtype, about["seq_len"], tokenizer.eod)
         _write(directory / "config.json", described)
-        if tokenizer is not None:
-            shutil.copy(tokenizer, directory / "tokenizer.json")
+        if tokenizer.name != "bytes":
+            shutil.copy(tokenizer.name, directory / "tokenizer.json")
             # Without it a Llama's own tokenizer would be made of that file.
             described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD}
             _write(directory / "tokenizer_config.json", described)
-    ids = f"bytes, {eod} ending a text" if tokenizer is None else "those of tokenizer.json"
+    bytes_alone = f"bytes, {tokenizer.eod} ending a text"
+    ids = bytes_alone if tokenizer.name == "bytes" else "those of tokenizer.json"
     return f"{out}: {count:,} parameters in {config.dtype}; token ids are {ids}"
 
 

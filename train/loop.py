@@ -223,7 +223,7 @@ class _Run:
             )
 
     def evaluated(self) -> tuple[int, int]:
-        """How many sequences of validation an evaluation takes, in whole batches; and of what."""
+        """How many sequences an evaluation takes, in whole batches, and of how many."""
         windows = len(TokenWindows(self.corpus.valid, self.config.seq_len))
         count = eval_rows(windows, self.config.batch_size, self.placement.shards)
         return count * min(self.config.eval_batches, windows // count), windows

@@ -15,8 +15,10 @@ from jfp4.recipe import RECIPES
 from train import rundir
 from train.checkpoint import check_holds, named_leaves, orbax_silent
 from train.config import from_dict
+from train.data import is_prepared
 from train.errors import UserError
 from train.step import Trainer
+from train.tokenizer import Tokenizer, load
 
 
 def load_model(run_dir: str | Path, step: int | None = None, *, quantize: bool = True) -> Llama:
@@ -40,6 +42,10 @@ def load_model(run_dir: str | Path, step: int | None = None, *, quantize: bool =
     if not steps or step not in (None, *steps):
         found = ", ".join(map(str, steps)) or "none"
         raise UserError(f"step={step} is not among the checkpoints of {run_dir}: {found}")
+    # How attention and loss are computed is for the device that is there to say.
+    config = dataclasses.replace(
+        config, llama=dataclasses.replace(config.llama, attention="auto", loss_chunk=None)
+    )
     if not quantize:
         config = dataclasses.replace(config, recipe="bf16", quantization=RECIPES["bf16"])
     trainer = Trainer(config)
@@ -77,16 +83,29 @@ def config_of(run_dir: str | Path) -> dict[str, Any]:
     return config
 
 
-def tokenizer_of(about: dict[str, Any]) -> Path | None:
-    """The tokenizer.json of a run by its configuration; None of one whose tokens are bytes.
+def tokenizer_of(config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a run with this configuration.
 
     Raises:
-        UserError: the data of the run is not there, which it may be in.
+        UserError: the data of the run is not there, which it may be in, or it is one that cannot be
+            read or that has more ids than the model.
     """
-    named, data = about["tokenizer"], Path(about["data"])
-    if named is not None or str(data) == "pystdlib":
-        return None if named in (None, "bytes") else Path(named)
-    if not data.exists():  # else its ids would be taken for bytes
+    found = load(_tokenizer(config["tokenizer"], config["data"]))
+    vocab_size = config["llama"]["vocab_size"]
+    if found.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer {found.name} has {found.vocab_size:,} ids, and the run's model a "
+            f"vocabulary of {vocab_size:,}; it is not that of the run"
+        )
+    return found
+
+
+def _tokenizer(named: str | None, data: str) -> str:
+    if named is not None or data == "pystdlib":
+        return named or "bytes"
+    of_shards = Path(data) / "tokenizer.json"
+    if is_prepared(data) and of_shards.is_file():
+        return str(of_shards)
+    if not Path(data).exists():  # else its ids would be taken for bytes
         raise UserError(f"data={data} of the run is not there, and so may be its tokenizer")
-    of_shards = data / "tokenizer.json"
-    return of_shards if of_shards.is_file() else None
+    return "bytes"

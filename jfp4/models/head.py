@@ -1,4 +1,4 @@
-"""The loss under a head that the parts of a batch share, whose gradient is summed in float32."""
+"""The loss under a head that the parts of a batch share, each with a gradient in float32."""
 
 import functools
 from typing import Any

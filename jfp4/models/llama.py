@@ -112,7 +112,8 @@ class Llama(nnx.Module):
         Where an id is not in [0, vocab_size) they are NaN, and may be elsewhere too.
 
         Raises:
-            ValueError: ``tokens`` is not a matrix of integers, or has none.
+            ValueError: ``tokens`` is not a matrix of integers, or has none, or the mesh in force
+                does not divide its sequences.
         """
         return self._logits(self._decode(tokens)).astype(jnp.float32)
 
@@ -126,7 +127,8 @@ class Llama(nnx.Module):
 
         Raises:
             ValueError: ``tokens`` or ``targets`` is not a matrix of integers or has none, they
-                differ in shape, or ``config.loss_chunk`` asks for chunks of a quantised head.
+                differ in shape, the mesh in force does not divide the sequences, or
+                ``config.loss_chunk`` asks for chunks of a quantised head.
         """
         check_tokens(tokens, "tokens")
         check_tokens(targets, "targets")

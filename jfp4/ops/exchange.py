@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 from jfp4.formats import FORMATS
 from jfp4.ops import partition
@@ -54,13 +54,12 @@ def reduction() -> Reduction:
     return Reduction(jnp.dtype(_asked.value))
 
 
-def sum_of_parts(gradients: Float[Array, "p *w"]) -> Float[Array, "*w"]:
+def sum_of_parts(gradients: Float32[Array, "p *w"]) -> Float32[Array, "*w"]:
     """The sum of the gradients of the parts of a batch, by ``grad_comm``."""
     reduce = reduction()
 
     def summed(part: Part, stack: Array) -> tuple[Array]:
-        own = jnp.sum(stack.astype(jnp.float32), axis=0)
-        return (reduce(part, own, "p").astype(stack.dtype),)
+        return (reduce(part, jnp.sum(stack, axis=0), "p"),)
 
     axes = " ".join(f"w{i}" for i in range(gradients.ndim - 1))
     (found,) = partition.by_xla(summed, gradients, rule=Rule((f"p {axes}",), (axes,), inner=1))

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.mesh import get_concrete_mesh  # which is said nowhere else inside jax.jit
+from jax._src.core import get_axis_env  # by which axes jax.vmap divides is said nowhere else
+from jax._src.mesh import get_concrete_mesh  # nor is this inside jax.jit
 from jax._src.sharding_impls import parse_flatten_op_sharding  # exported nowhere
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import (
@@ -390,7 +391,9 @@ def _explicitly(
         results = jax.eval_shape(functools.partial(fn, WHOLE), *like)
         shapes = [x.shape for x in (*like, *results)]
         specs = [jax.typeof(x).sharding.spec for x in operands]
-        specs += rule.wanted or [PartitionSpec()] * len(results)
+        # Of an axis that jax.vmap has taken from these types a reduce-scatter cannot be lowered.
+        batched = get_axis_env().explicit_mesh_axis_names
+        specs += (not batched and rule.wanted) or [PartitionSpec()] * len(results)
         part, given, made = _plan(rule, shapes, specs, len(like), mesh.shape)
         moved = [jax.sharding.reshard(x, spec) for x, spec in zip(operands, given, strict=True)]
         parts = jax.shard_map(

@@ -244,6 +244,7 @@ def test_a_gradient_on_explicit_axes_sends_what_it_does_on_automatic_ones(found)
         *(f"{norm}, {of} divided" for norm in ("norm", "stream") for of in ("columns", "scale")),
         "bias of columns",
         "thresholds of experts",
+        "gradients of experts",
     ],
 )
 @pytest.mark.parametrize("mesh", ["in force", "no mesh in force"])

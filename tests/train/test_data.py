@@ -255,7 +255,7 @@ class TestDocuments:
         (tmp_path / "validation.jsonl").write_bytes(jsonl(TEXTS[30:]))
         assert split_of(tmp_path) == (TEXTS[:30], TEXTS[30:])
         (tmp_path / "LICENSE").write_text("free")
-        with pytest.raises(UserError, match=r"LICENSE is named neither train\* nor valid\*"):
+        with pytest.raises(UserError, match=r"LICENSE is named neither train nor valid"):
             documents.Documents(str(tmp_path))
 
     @pytest.mark.parametrize("valid", ["valid", "validation", "val", "val-2024/part"])

@@ -86,8 +86,17 @@ def test_mistakes(run_dir, tmp_path, capsys):
     prepare.main([f"--data={words}", f"--out={tmp_path}/shards", "--vocab_size=300"])
     moved = shutil.copytree(run_dir, tmp_path / "run")
     about = json.loads((moved / "config.json").read_text())
-    about["config"]["data"] = "gone"
-    (moved / "config.json").write_text(json.dumps(about))
+    other, wider = (shutil.copytree(run_dir, tmp_path / name) for name in ("other", "wider"))
+    for copy, changes in (
+        (moved, {"data": "gone"}),
+        (other, {"data": str(words)}),
+        (
+            wider,
+            {"data": f"{tmp_path}/shards", "llama": about["config"]["llama"] | {"vocab_size": 200}},
+        ),
+    ):
+        changed = about | {"config": about["config"] | changes}
+        (copy / "config.json").write_text(json.dumps(changed))
     for flags, message in (
         ([f"--data={tmp_path}/one.txt"], "holds no text"),
         ([f"--data={tmp_path}/shards"], "was prepared with another tokenizer than bytes"),
@@ -95,6 +104,12 @@ def test_mistakes(run_dir, tmp_path, capsys):
         (["--batch_size=0"], "--batch_size=0; expected at least 1"),
         (["--seq_len=-1"], "--seq_len=-1; expected at least 1"),
         ([f"--run_dir={moved}"], "data=gone of the run is not there"),
+        ([f"--run_dir={other}"], "began with other data or another tokenizer"),
+        (
+            [f"--run_dir={wider}", f"--data={words}"],
+            "and the run's model a vocabulary of 200",
+        ),
+        (["--data=" + "x" * 300], "cannot be read (File name too long)"),
     ):
         assert main([f"--run_dir={run_dir}", *flags]) == 2
         assert message in capsys.readouterr().err

@@ -116,7 +116,8 @@ def test_writes_what_meta_says(
         (["a.txt", "train.txt"], (1, 1), 62.5, "a hash of their text"),
         (["trainer.txt", "device.txt"], (1, 1), 52.2, "a hash of their text"),
         (["train-0.txt", "train-1.txt", "val.txt"], (2, 1), 25.0, "file names"),
-        (["Training.txt", "DEV-0.txt", "validset_1.txt"], (1, 2), 65.8, "file names"),
+        (["Training.txt", "DEV-0.txt", "valid_1.txt"], (1, 2), 62.9, "file names"),
+        (["training/a.txt", "training/b.txt"], (1, 1), 50.0, "a hash of their text"),
         (["train/a.txt", "validation/b.txt", "validation/c.txt"], (1, 2), 73.9, "directory names"),
     ],
 )
@@ -133,12 +134,15 @@ def test_says_what_split_the_documents(
     )
 
 
-@pytest.mark.parametrize("name", ["valid.txt", "dev/b.txt"])
-def test_a_name_that_does_not_decide_is_pointed_out(name: str, tmp_path: Path) -> None:
-    for other in ("a.txt", name):
-        (tmp_path / "text" / other).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "text" / other).write_text(f"{other}\n" * 99)
-    said = f"a hash of their text, not by names: there is {tmp_path}/text/{name}, but nothing named"
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [("a.txt", "valid.txt"), ("train.txt", "dev/b.txt"), ("training/a.txt", "dev/b.txt")],
+)
+def test_a_name_that_does_not_decide_is_pointed_out(other: str, name: str, tmp_path: Path) -> None:
+    for file in (other, name):
+        (tmp_path / "text" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / file).write_text(f"{file}\n" * 99)
+    said = f"a hash of their text, though {tmp_path}/text/{name} is named as validation is"
     assert said in str(Documents(str(tmp_path / "text")))
 
 
