@@ -20,6 +20,7 @@ from jfp4.ops import ffi
 from train import interrupts, loop, metrics, prepare, processes, rundir
 from train.batches import batches
 from train.checkpoint import Checkpoints
+from train.documents import Documents
 from train.errors import UserError
 from train.main import SHARE_ALONE, claim_memory, main
 
@@ -189,12 +190,14 @@ def test_a_back_end_that_is_missing(refuses, text):
     assert f"the backend asked for, 'cuda', is missing: {ffi.missing('cuda')}" in error
 
 
-def test_says_what_computes_before_it_compiles(elsewhere, text, capsys, monkeypatch):
+def test_says_what_it_reads_and_what_computes_before_it_compiles(
+    elsewhere, text, capsys, monkeypatch
+):
     def stop(trainer):
         raise UserError("stopped")
 
     monkeypatch.setattr("train.plan.make_plan", stop)
-    for flags, first in (
+    for flags, second in (
         (
             ["--backend=xla"],
             "quantize, thresholds, gemm, packed_gemm, adamw, rms_norm by xla (asked for)",
@@ -203,7 +206,8 @@ def test_says_what_computes_before_it_compiles(elsewhere, text, capsys, monkeypa
         (["--recipe=bf16"], "llama5m in bf16: compiling"),
     ):
         assert main(tiny(text, *flags)) == 2
-        assert capsys.readouterr().err.splitlines()[0].endswith(first)
+        split, said, *_ = capsys.readouterr().err.splitlines()
+        assert split == str(Documents(str(text))) and said.endswith(second)
 
 
 @pytest.mark.parametrize(
