@@ -10,7 +10,7 @@ import operator
 import shutil
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -514,6 +514,24 @@ def _first_paragraph(box: str) -> str:
     for field, flag in _FLAG_NAMES.items():
         message = message.replace(f"parsing {field}:", f"parsing --{flag}:")
     return message
+
+
+def run_program(
+    act: Callable[[Any], object], config: type[Any], args: Sequence[str] | None, program: str
+) -> int:
+    """Parses flags, prints what ``act`` makes of them, and returns the exit status.
+
+    Args:
+        act: takes the configuration.
+        config: a dataclass, a flag a field.
+        args: the flags; None: those of the command line.
+        program: what the help calls it.
+    """
+    try:
+        print(act(parse_flags(config, sys.argv[1:] if args is None else args, program)))
+    except UserError as error:
+        return report_error(error)
+    return 0
 
 
 def report_error(error: UserError) -> int:

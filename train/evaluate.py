@@ -20,7 +20,7 @@ from jfp4.models.llama import Llama
 from train import data as data_lib
 from train import rundir
 from train.batches import Tokens, TokenWindows
-from train.config import parse_flags, report_error
+from train.config import run_program
 from train.documents import Documents
 from train.errors import UserError
 from train.progress import progress
@@ -138,12 +138,7 @@ def _read(config: Config, about: dict[str, Any]) -> tuple[Tokens, int]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit status: 0, or 2 after a mistake of the user's."""
-    try:
-        argv = sys.argv[1:] if args is None else args
-        print(evaluate(parse_flags(Config, argv, "python -m train.evaluate")))
-    except UserError as error:
-        return report_error(error)
-    return 0
+    return run_program(evaluate, Config, args, "python -m train.evaluate")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from flax import nnx
 from safetensors.numpy import save
 
 from jfp4.models.config import LlamaConfig
-from train.config import parse_flags, report_error
+from train.config import run_program
 from train.errors import UserError
 from train.progress import progress
 from train.tokenizer import EOD
@@ -162,12 +162,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit status: 0, or 2 after a mistake of the user's."""
-    try:
-        argv = sys.argv[1:] if args is None else args
-        print(export(parse_flags(Config, argv, "python -m train.export")))
-    except UserError as error:
-        return report_error(error)
-    return 0
+    return run_program(export, Config, args, "python -m train.export")
 
 
 if __name__ == "__main__":

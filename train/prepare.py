@@ -27,7 +27,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train import tokenizer as tokenizer_lib
-from train.config import parse_flags, report_error
+from train.config import run_program
 from train.data import FORMAT_VERSION, encode, little_endian
 from train.documents import SPLITS, Documents, Split
 from train.errors import UserError
@@ -197,12 +197,7 @@ class _ShardWriter:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit status: 0, or 2 after a mistake of the user's."""
-    try:
-        argv = sys.argv[1:] if args is None else args
-        print(prepare(parse_flags(Config, argv, "python -m train.prepare")))
-    except UserError as error:
-        return report_error(error)
-    return 0
+    return run_program(prepare, Config, args, "python -m train.prepare")
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def test_data_parallel_sends_each_gradient_once(flag, comm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["bf16", "fp4"])
-def test_fsdp_sends_weights_and_gradients_alone(recipe):
-    """Though the batch has fewer tokens than the MLP's width has columns."""
+def test_fsdp_lays_no_activation_out_anew(recipe):
+    """By all-to-all, though the batch has fewer tokens than the MLP's width has columns."""
     flags = (*FLAGS, f"--recipe={recipe}", "--model.mlp_dim=512", "--mesh=fsdp=4")
     found = rehearse(parse(list(flags)))
     assert {c.kind for c in found.collectives} == {"all-gather", "all-reduce", "reduce-scatter"}
